@@ -1,0 +1,45 @@
+# Every target prepares the environment first, so any of them can be the first command ever run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TESTS := tests/unit tests/integration tests/e2e
+BENCHES := streaming inference recovery
+
+.PHONY: setup demo test check test-unit test-integration test-e2e bench $(BENCHES:%=bench-%) up down clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt ops/kafka-jars.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet uv==0.13.9
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m ops.jars
+	$(BIN)/python -m streaming.compile_kernels
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/millrace demo $(if $(KEEP),--keep)
+
+test: $(READY)
+	$(BIN)/pytest $(TESTS)
+
+test-unit test-integration test-e2e: test-%: $(READY)
+	$(BIN)/pytest tests/$*
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(BENCHES:%=bench-%)
+
+$(BENCHES:%=bench-%): bench-%: $(READY)
+	$(BIN)/python -m benchmarks.$*
+
+up down: $(READY)
+	$(BIN)/millrace $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

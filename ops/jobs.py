@@ -1,0 +1,84 @@
+"""What every script in ray_jobs/ shares: arguments, a Ray session, one JSON line or one clear error at the end."""
+
+import argparse
+import json
+import logging
+import os
+import secrets
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from ops.environment import Environment
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class JobError(Exception):
+    """A job that can't be done as asked, in one sentence."""
+
+
+def parser(description: str, config: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a job; with a default configuration it takes `--config` and repeated `--set KEY=VALUE`."""
+    arguments = argparse.ArgumentParser(description=description)
+    if config is not None:
+        arguments.add_argument("--config", type=Path, default=Path(config), help=f"YAML file (default {config})")
+        arguments.add_argument(
+            "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override one value"
+        )
+    return arguments
+
+
+@contextmanager
+def ray_session(environment: Environment, num_cpus: int | None = None) -> Iterator[None]:
+    """Join the cluster that runs this job or, outside of one, start a Ray on this machine for as long as it takes.
+
+    A submitted job finds the cluster's address in RAY_ADDRESS; an activated shell has the dashboard's there instead.
+    A local Ray gets a token of its own, since Ray listens on all interfaces, and at least four logical CPUs, so that
+    small actors fit beside two training workers on a machine with two cores.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    inside_cluster = bool(address) and not address.startswith("http")
+    if not inside_cluster:
+        os.environ.pop("RAY_ADDRESS", None)
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+    import ray
+
+    if inside_cluster:
+        ray.init(log_to_driver=True)
+    else:
+        environment.home.mkdir(parents=True, exist_ok=True)
+        cpus = num_cpus or max(4, os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run(main: Callable[[], Mapping[str, object]]) -> NoReturn:
+    """Run a job: its result as one JSON line, or its user's error as one line on standard error and exit code 2.
+
+    A user's error is a JobError, or a ValueError that our own code raised; anything else keeps its traceback.
+    """
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    try:
+        result = main()
+    except (JobError, ValueError) as error:
+        if not (isinstance(error, JobError) or _is_ours(error)):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    print(json.dumps(result, default=str), flush=True)
+    sys.exit(0)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the statement that raised stands in this repository and not in a library."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return raised_in.is_relative_to(REPOSITORY) and "site-packages" not in raised_in.parts
