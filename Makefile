@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-TESTS := tests/unit tests/integration tests/e2e
 BENCHES := streaming inference recovery
 
 .PHONY: setup demo test check test-unit test-integration test-e2e bench $(BENCHES:%=bench-%) up down clean
@@ -21,8 +20,10 @@ $(READY): pyproject.toml constraints.txt ops/kafka-jars.txt
 demo: $(READY)
 	$(BIN)/millrace demo $(if $(KEEP),--keep)
 
-test: $(READY)
-	$(BIN)/pytest $(TESTS)
+test:
+	$(MAKE) test-unit
+	$(MAKE) test-integration
+	$(MAKE) test-e2e
 
 test-unit test-integration test-e2e: test-%: $(READY)
 	$(BIN)/pytest tests/$*

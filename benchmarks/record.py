@@ -24,7 +24,7 @@ class Figure:
     peer_value: float | None = None
 
     def as_record(self) -> dict[str, object]:
-        """The fields that the design fixes; `ratio` is how many times better than the peer, `met` None without a target."""
+        """The fields that the design fixes; `ratio` says how many times better than the peer, `met` wants a target."""
         ratio = met = None
         if self.peer_value:
             ratio = self.value / self.peer_value if self.better == "higher" else self.peer_value / self.value
@@ -45,7 +45,9 @@ def write(name: str, figures: list[Figure]) -> None:
     for figure in figures:
         record = figure.as_record()
         beside = f"  {record['ratio']}x {figure.peer} ({figure.peer_value:g})" if figure.peer_value else ""
-        target = f"  target {figure.target:g}: {'met' if record['met'] else 'missed'}" if figure.target is not None else ""
+        target = (
+            f"  target {figure.target:g}: {'met' if record['met'] else 'missed'}" if figure.target is not None else ""
+        )
         print(f"{figure.name:<58} {figure.value:>12,.4g} {figure.unit:<12}{beside}{target}")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

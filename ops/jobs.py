@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ops.environment import Environment
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from ops.layout import REPOSITORY
 
 
 class JobError(Exception):

@@ -27,7 +27,7 @@ def is_listening(port: int, timeout_s: float = 0.5) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return `count` different free ports of the range that the system hands out; another process may still be faster."""
+    """Return `count` different free ports that the system hands out; another process may still be faster."""
     with contextlib.ExitStack() as held:
         probes = [held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in range(count)]
         for probe in probes:
@@ -39,6 +39,7 @@ def holder(port: int) -> str:
     """Name the process that listens on `port`, as far as this user may see it: "java (pid 12)" or "another process"."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            listens_at = connection.laddr[1] if connection.laddr and connection.status == psutil.CONN_LISTEN else None
+            if listens_at == port and connection.pid:
                 return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
     return "another process"

@@ -15,6 +15,7 @@ import psutil
 MARK = "MILLRACE_PROCESS"  # in the environment of the process and, inherited, of everything that it starts
 START_TOLERANCE_S = 1.5  # psutil rounds the boot time to a second
 POLL_S = 0.1
+ORPHANS_S = 2.0
 KILL_S = 5.0
 
 
@@ -36,7 +37,12 @@ class DetachedProcess:
 
     @classmethod
     def start(
-        cls, command: Sequence[str | Path], log: Path, *, cwd: Path | None = None, environ: Mapping[str, str] | None = None
+        cls,
+        command: Sequence[str | Path],
+        log: Path,
+        *,
+        cwd: Path | None = None,
+        environ: Mapping[str, str] | None = None,
     ) -> Self:
         """Start `command` with both outputs appended to `log`; `environ` adds to the current environment."""
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -68,24 +74,19 @@ class DetachedProcess:
         return self._leader() is not None
 
     def stop(self, term_s: float = 20.0) -> None:
-        """End the process and everything it started: SIGTERM, after `term_s` seconds SIGKILL; returns once all are gone.
+        """End the process and everything it started, by SIGTERM, after `term_s` by SIGKILL; returns once all are gone.
 
-        Nothing happens to a process that merely got the same pid. A process with children gets SIGTERM alone, so that
-        it can end them in its own order.
+        The process itself gets SIGTERM first and alone, so that it can end its children in its own order; what it
+        leaves behind is ended after it. Nothing happens to a process that merely got the same pid.
         """
         leader = self._leader()
         family = self._family(leader)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in [leader] if leader else family:
-                process.terminate()
-        psutil.wait_procs(family, timeout=term_s)
-        rest = {*family, *self._family(self._leader())}
-        for process in rest:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        _, alive = psutil.wait_procs(rest, timeout=KILL_S)
+        _end([leader] if leader else [], psutil.Process.terminate, term_s)
+        family += self._family(self._leader())
+        _end(family, psutil.Process.terminate, ORPHANS_S)
+        _end(family, psutil.Process.kill, KILL_S)
         self._reap()
-        if any(_runs(process) for process in alive):
+        if any(_runs(process) for process in family):
             raise ProcessError(f"process {self.pid} does not end, even by SIGKILL; end it by hand")
 
     def _leader(self) -> psutil.Process | None:
@@ -132,6 +133,15 @@ def tail(log: Path, lines: int = 15) -> str:
     if not log.is_file() or not (text := log.read_text(errors="replace").rstrip()):
         return "    (the log is empty)"
     return "\n".join(f"    {line}" for line in text.splitlines()[-lines:])
+
+
+def _end(processes: list[psutil.Process], by: Callable[[psutil.Process], None], limit_s: float) -> None:
+    """Send a signal to those that still run and wait until they are gone, at most `limit_s`."""
+    running = [process for process in processes if _runs(process)]
+    for process in running:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            by(process)
+    psutil.wait_procs(running, timeout=limit_s)
 
 
 def _started_s(process: psutil.Process) -> float:

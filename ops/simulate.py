@@ -8,7 +8,6 @@ from itertools import islice
 
 from ops.environment import Environment
 from streaming.events import EDITS
-
 from streaming.simulators import editors, wikipedia
 from streaming.simulators.arrival import Event, Faults, disturb, paced
 from streaming.simulators.produce import ensure_topic, produce
@@ -59,9 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     pace.add_argument("--rate", type=float, help="messages a second (default: as fast as possible)")
     pace.add_argument("--speed-up", type=float, help="event time divided by this: 3600 plays an hour in a second")
     parser.add_argument("--limit", type=int, help="stop after this many edits")
-    parser.add_argument(
-        "--disorder", type=float, default=0.0, help="fraction that arrives up to 4 minutes out of order"
-    )
+    parser.add_argument("--disorder", type=float, default=0.0, help="fraction up to 4 minutes out of order")
     parser.add_argument("--duplicates", type=float, default=0.0, help="fraction sent twice")
     parser.add_argument("--late", type=float, default=0.0, help="fraction held back for more than 3 hours")
     parser.add_argument("--poison", type=float, default=0.0, help="fraction followed by a message nobody can read")

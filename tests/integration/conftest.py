@@ -1,4 +1,4 @@
-"""Fixtures over real services: one Kafka broker and one local Ray a session, MLflow on sqlite, an applied Feast repo."""
+"""Fixtures over real services: a Kafka broker and a local Ray a session, MLflow on sqlite, an applied Feast repo."""
 
 import os
 import shutil

@@ -1,0 +1,1 @@
+"""One script a figure of the README; `make bench-NAME` runs one."""

@@ -1,0 +1,1 @@
+"""A classifier over streamed features: is this editor a robot?"""

@@ -1,0 +1,247 @@
+"""Utterances of spoken digits: real recordings or synthetic speech, split so that nothing leaks.
+
+Single digits form three pools, split by the index of the recording or by the speaker. Validation and test are
+sequences drawn once from their pools by the seed; training draws new sequences in every epoch.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from models.whisper.audio import AudioError, decode, resample
+from models.whisper.config import DataConfig
+from models.whisper.speech import SAMPLE_RATE_HZ, Spoken, synthesise
+
+logger = logging.getLogger(__name__)
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+RECORDED_AT = datetime(2000, 1, 1, tzinfo=UTC)
+_NAME = re.compile(r"(\d)_([^_]+)_(\d+)\.wav")
+_HELD_OUT = 0.1
+
+
+class DataError(ValueError):
+    """Data that is missing or can't be split, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Speech of one person: samples float32[N], and what is said."""
+
+    id: str
+    wave: NDArray[np.float32]
+    text: str
+    speaker: str
+    sample_rate_hz: int
+
+
+@dataclass(frozen=True)
+class Digit:
+    """One recorded or synthetic digit."""
+
+    wave: NDArray[np.float32]
+    word: str
+    speaker: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Train is the pool of single digits, in sequences by `Sequences`; the other two are sequences.
+
+    `hash` identifies the test split by what it holds: two results with the same hash can be compared.
+    """
+
+    train: tuple[Utterance, ...]
+    validation: tuple[Utterance, ...]
+    test: tuple[Utterance, ...]
+    source: str
+    hash: str
+    skipped: int
+
+
+def splits(config: DataConfig, data: Path | None) -> Splits:
+    """Load or synthesise the digits and split them.
+
+    Args:
+        config: what to load; the same values give the same splits.
+        data: the folder of real data sets, or None where there is none.
+
+    Raises:
+        DataError: the data folder or its recordings are missing, or too few to split.
+    """
+    folder = _recordings(config, data)
+    digits, skipped = _read(folder, config.sample_rate_hz) if folder else (_synthesise(config), 0)
+    source = "recordings" if folder else "synthetic"
+    groups = sorted({_group(config, digit) for digit in digits})
+    if len(groups) < 3:
+        raise DataError(f"{source}: a split by {config.split} needs 3 or more of them, found {len(groups)}.")
+    held = max(1, round(_HELD_OUT * len(groups)))
+    test, validation = frozenset(groups[:held]), frozenset(groups[held : 2 * held])
+    pools: dict[str, list[Digit]] = {"train": [], "validation": [], "test": []}
+    for digit in digits:
+        group = _group(config, digit)
+        pools["test" if group in test else "validation" if group in validation else "train"].append(digit)
+    tested = _held_out(pools["test"], config, "test", config.test_utterances)
+    return Splits(
+        train=tuple(_single(digit, config) for digit in pools["train"]),
+        validation=_held_out(pools["validation"], config, "validation", config.validation_utterances),
+        test=tested,
+        source=source,
+        hash=_hash(tested),
+        skipped=skipped,
+    )
+
+
+class Sequences:
+    """Utterances concatenated from a pool of single digits, each by one speaker, with random silences.
+
+    The utterance of a key is always the same; `config.digits` says how many digits it has, fewer only where they
+    would be longer than `config.max_seconds`.
+    """
+
+    def __init__(self, pool: Sequence[Utterance], config: DataConfig) -> None:
+        self._pool = pool
+        self._config = config
+
+    @cached_property
+    def _by_speaker(self) -> Mapping[str, Sequence[Utterance]]:
+        speakers: dict[str, list[Utterance]] = {}
+        for digit in self._pool:
+            speakers.setdefault(digit.speaker, []).append(digit)
+        return dict(sorted(speakers.items()))
+
+    def draw(self, rng: np.random.Generator, most: int | None = None) -> Utterance:
+        """Concatenate digits as the generator says, at most `most` of them; the id is empty."""
+        speaker = str(rng.choice(list(self._by_speaker)))
+        pool = self._by_speaker[speaker]
+        fewest, longest = self._config.digits
+        longest = min(longest, most or longest)
+        rate_hz = self._config.sample_rate_hz
+        room = self._config.max_seconds * rate_hz
+        pieces: list[NDArray[np.float32]] = [self._silence(rng)]
+        words: list[str] = []
+        for position in rng.integers(len(pool), size=int(rng.integers(min(fewest, longest), longest + 1))):
+            digit, gap = pool[position], self._silence(rng)
+            if words and sum(map(len, pieces)) + len(digit.wave) + len(gap) > room:
+                break
+            pieces += [digit.wave, gap]
+            words.append(digit.text)
+        return Utterance("", np.concatenate(pieces)[:room], " ".join(words), speaker, rate_hz)
+
+    def _silence(self, rng: np.random.Generator) -> NDArray[np.float32]:
+        return np.zeros(round(rng.uniform(*self._config.gap_s) * self._config.sample_rate_hz), np.float32)
+
+
+def utterance_features(utterances: Sequence[Utterance]) -> pa.Table:
+    """The rows of the feature view `utterance_audio`: duration in seconds, level in dB of full scale, speaker.
+
+    Recordings have no time of their own, so all have the same event timestamp, in the past.
+    """
+    now = datetime.now(UTC)
+    rms = [float(np.sqrt(np.mean(np.square(one.wave, dtype=np.float64)))) for one in utterances]
+    stamp = pa.timestamp("us", tz="UTC")
+    return pa.table(
+        {
+            "utterance_id": pa.array([one.id for one in utterances], pa.string()),
+            "duration_s": pa.array([len(one.wave) / one.sample_rate_hz for one in utterances], pa.float64()),
+            "level_db": pa.array([20 * np.log10(max(level, 1e-9)) for level in rms], pa.float64()),
+            "speaker": pa.array([one.speaker for one in utterances], pa.string()),
+            "event_timestamp": pa.array([RECORDED_AT] * len(utterances), stamp),
+            "created_timestamp": pa.array([now] * len(utterances), stamp),
+        }
+    )
+
+
+def write_features(held_out: Splits, folder: Path) -> Path:
+    """Write the test split's features as one Parquet file named by the split's hash, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{held_out.hash}.parquet"
+    partial = folder / f".{held_out.hash}.{os.getpid()}.partial"
+    pq.write_table(utterance_features(held_out.test), partial)
+    os.replace(partial, path)
+    return path
+
+
+def _recordings(config: DataConfig, data: Path | None) -> Path | None:
+    """The folder of recordings, or None for synthetic speech."""
+    if config.source == "synthetic":
+        return None
+    if data is not None and not data.is_dir():
+        raise DataError(f"The data folder {data} doesn't exist; correct MILLRACE_DATA or leave it unset.")
+    folder = data / config.folder / "recordings" if data is not None else None
+    if folder is not None and folder.is_dir():
+        return folder
+    if config.source == "recordings":
+        raise DataError(f"{folder or config.folder}: no recordings; set MILLRACE_DATA or data.source=synthetic.")
+    return None
+
+
+def _read(folder: Path, sample_rate_hz: int) -> tuple[list[Digit], int]:
+    """The digits of a folder in the order of their names, and how many files had to be skipped."""
+    digits: list[Digit] = []
+    skipped = 0
+    for path in sorted(folder.glob("*.wav")):
+        try:
+            name = _NAME.fullmatch(path.name)
+            if name is None:
+                raise AudioError("the name is not <digit>_<speaker>_<index>.wav")
+            wave = decode(path.read_bytes(), sample_rate_hz)
+        except (AudioError, OSError) as error:
+            skipped += 1
+            logger.warning(json.dumps({"event": "recording skipped", "path": str(path), "reason": str(error)}))
+            continue
+        digits.append(Digit(wave, WORDS[int(name[1])], name[2], int(name[3])))
+    if not digits:
+        raise DataError(f"{folder}: no recording can be read ({skipped} skipped); expected <digit>_<speaker>_<n>.wav.")
+    return digits, skipped
+
+
+def _synthesise(config: DataConfig) -> list[Digit]:
+    kinds = [
+        (Spoken(word, voice, rate_wpm, pitch=35 + 5 * (index % 7)), index)
+        for voice in config.voices
+        for index, rate_wpm in enumerate(config.rates_wpm)
+        for word in WORDS
+    ]
+    waves = synthesise([spoken for spoken, _ in kinds])
+    return [
+        Digit(resample(wave, SAMPLE_RATE_HZ, config.sample_rate_hz), spoken.text, spoken.voice, index)
+        for wave, (spoken, index) in zip(waves, kinds, strict=True)
+    ]
+
+
+def _group(config: DataConfig, digit: Digit) -> tuple[int, str]:
+    return (digit.index, "") if config.split == "recording" else (0, digit.speaker)
+
+
+def _single(digit: Digit, config: DataConfig) -> Utterance:
+    name = f"{digit.word}-{digit.speaker}-{digit.index}"
+    return Utterance(name, digit.wave, digit.word, digit.speaker, config.sample_rate_hz)
+
+
+def _held_out(pool: Sequence[Digit], config: DataConfig, part: str, count: int) -> tuple[Utterance, ...]:
+    sequences = Sequences([_single(digit, config) for digit in pool], config)
+    rng = np.random.default_rng([config.seed, len(part), count])
+    drawn = (sequences.draw(rng) for _ in range(count))
+    return tuple(replace(one, id=f"{part}-{number:04d}-{_hash((one,))[:8]}") for number, one in enumerate(drawn))
+
+
+def _hash(utterances: Sequence[Utterance]) -> str:
+    total = hashlib.sha256()
+    for one in utterances:
+        total.update(f"{one.id}\0{one.speaker}\0{one.text}\0{len(one.wave)}\0".encode())
+        total.update(np.ascontiguousarray(one.wave, "<f4").tobytes())
+    return total.hexdigest()[:16]

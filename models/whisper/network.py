@@ -1,0 +1,146 @@
+"""The Whisper network, its tokenizer and its features: small and from scratch, or a pretrained base, with adapters."""
+
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
+
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
+CHARACTERS = " 'abcdefghijklmnopqrstuvwxyz"
+WINDOW_S = 0.032
+
+
+class NetworkError(ValueError):
+    """A base model that can't be loaded or doesn't fit, in one sentence."""
+
+
+def tokenizer(base: str | Path | None) -> PreTrainedTokenizerBase:
+    """The base's own tokenizer, or one that spells: a token a character, others become `<unk>`."""
+    if base is not None:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(str(base)))
+    vocabulary = {token: number for number, token in enumerate([PAD, BOS, EOS, UNKNOWN, *CHARACTERS])}
+    spelling = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    spelling.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    spelling.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=spelling, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN
+    )
+
+
+def extractor(
+    base: str | Path | None, sample_rate_hz: int, max_seconds: int, mel_bins: int, hop_ms: float
+) -> WhisperFeatureExtractor:
+    """The base's log-mel features, or ones of the given sizes; the last three count only without a base."""
+    if base is not None:
+        return cast(WhisperFeatureExtractor, WhisperFeatureExtractor.from_pretrained(str(base)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="At least one mel filter")
+        return WhisperFeatureExtractor(
+            feature_size=mel_bins,
+            sampling_rate=sample_rate_hz,
+            hop_length=round(sample_rate_hz * hop_ms / 1000),
+            n_fft=round(sample_rate_hz * WINDOW_S),
+            chunk_length=max_seconds,
+        )
+
+
+def small(
+    tokens: PreTrainedTokenizerBase,
+    features: WhisperFeatureExtractor,
+    *,
+    width: int,
+    layers: int,
+    heads: int,
+    dropout: float,
+    max_tokens: int,
+) -> WhisperForConditionalGeneration:
+    """A new network with random weights whose encoder takes exactly the frames that the features give."""
+    special = {
+        "pad_token_id": tokens.pad_token_id,
+        "bos_token_id": tokens.bos_token_id,
+        "eos_token_id": tokens.eos_token_id,
+        "decoder_start_token_id": tokens.bos_token_id,
+    }
+    network = WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=len(tokens),
+            num_mel_bins=features.feature_size,
+            d_model=width,
+            encoder_layers=layers,
+            decoder_layers=layers,
+            encoder_attention_heads=heads,
+            decoder_attention_heads=heads,
+            encoder_ffn_dim=4 * width,
+            decoder_ffn_dim=4 * width,
+            dropout=dropout,
+            max_source_positions=features.nb_max_frames // 2,
+            max_target_positions=max_tokens + 1,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+            init_std=width**-0.5,
+            **special,
+        )
+    )
+    network.generation_config = GenerationConfig(
+        max_length=max_tokens, is_multilingual=False, return_timestamps=False, **special
+    )
+    return network
+
+
+def load(folder: str | Path) -> WhisperForConditionalGeneration:
+    """A pretrained network from a hub id or a local folder.
+
+    Raises:
+        NetworkError: it can't be found or isn't a Whisper.
+    """
+    try:
+        return cast(WhisperForConditionalGeneration, WhisperForConditionalGeneration.from_pretrained(str(folder)))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise NetworkError(f"{folder}: no Whisper can be loaded from this hub id or folder ({reason}).") from None
+
+
+def adapt(network: nn.Module, *, r: int, alpha: float, dropout: float, targets: tuple[str, ...]) -> PeftModel:
+    """Freeze a network and add low-rank adapters to the linear layers of these names."""
+    # WhisperForConditionalGeneration takes input_features, which no task type of peft passes on.
+    config = PeftLoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type=None)
+    return cast(PeftModel, get_peft_model(network, config))
+
+
+def merged(network: nn.Module) -> WhisperForConditionalGeneration:
+    """The network with its adapters, if it has any, added into its weights."""
+    if isinstance(network, PeftModel):
+        network = cast(Any, network).merge_and_unload()
+    return cast(WhisperForConditionalGeneration, network)
+
+
+def labels(tokens: PreTrainedTokenizerBase, texts: list[str], start_token: int) -> torch.Tensor:
+    """Token ids int64[B, T] of transcripts with their end, padded with -100.
+
+    The start token, which the network puts before the labels itself, is dropped where the tokenizer adds it.
+    """
+    rows = [[*tokens(text).input_ids] for text in texts]
+    rows = [row[1:] if row[:1] == [start_token] else row for row in rows]
+    rows = [row if row[-1:] == [tokens.eos_token_id] else [*row, tokens.eos_token_id] for row in rows]
+    longest = max(map(len, rows))
+    return torch.tensor([row + [-100] * (longest - len(row)) for row in rows], dtype=torch.int64)
+
+
+def start_token(base: str | Path) -> int:
+    """The token with which a base's decoder starts."""
+    return int(WhisperConfig.from_pretrained(str(base)).decoder_start_token_id)

@@ -1,0 +1,306 @@
+"""Fine-tunes a Whisper on spoken digits, measures what it gained on the test split, and registers it."""
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+from models import trainer
+from models.registry import BASELINE, CHALLENGER, CHAMPION, ModelVersion, Registry
+from models.runs import Run, claimed, opened
+from models.whisper import network as networks
+from models.whisper import predict
+from models.whisper.audio import resample
+from models.whisper.config import AugmentConfig, WhisperConfig
+from models.whisper.data import Sequences, Splits, Utterance
+from models.whisper.predict import WhisperPredictor
+
+logger = logging.getLogger(__name__)
+
+BATCH = 32
+SCHEDULING = {"name", "workers", "cpus_per_worker", "max_failures", "log_every", "keep"}
+
+
+@dataclass(frozen=True)
+class WhisperTask:
+    """What `models.trainer` trains: sequences drawn anew from the pool of digits, validated by WER."""
+
+    config: WhisperConfig
+    pool: tuple[Utterance, ...]
+    validation: tuple[Utterance, ...]
+
+    primary = "wer"
+
+    @property
+    def size(self) -> int:
+        """Utterances of an epoch."""
+        return self.config.data.train_utterances
+
+    @cached_property
+    def tokens(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the base, or of characters."""
+        return networks.tokenizer(self.config.network.base)
+
+    @cached_property
+    def features(self) -> WhisperFeatureExtractor:
+        """The log-mel features of the base, or small ones."""
+        data, network = self.config.data, self.config.network
+        found = networks.extractor(
+            network.base, data.sample_rate_hz, data.max_seconds, network.mel_bins, network.hop_ms
+        )
+        if (found.sampling_rate, found.chunk_length >= data.max_seconds) != (data.sample_rate_hz, True):
+            raise networks.NetworkError(
+                f"{network.base} takes {found.sampling_rate} Hz and at most {found.chunk_length} s; "
+                f"set data.sample_rate_hz={found.sampling_rate} and data.max_seconds accordingly."
+            )
+        return found
+
+    def build(self) -> nn.Module:
+        """The network to train, with adapters where they are configured."""
+        size, lora = self.config.network, self.config.network.lora
+        if size.base is not None:
+            network = networks.load(size.base)
+        else:
+            network = networks.small(
+                self.tokens,
+                self.features,
+                width=size.width,
+                layers=size.layers,
+                heads=size.heads,
+                dropout=size.dropout,
+                max_tokens=size.max_tokens,
+            )
+        if lora is None:
+            return network
+        return networks.adapt(network, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+
+    def batch(self, samples: Sequence[trainer.Sample]) -> Mapping[str, Tensor]:
+        """`input_features` float32[B, mel, frames] and `labels` int64[B, T], padded with -100."""
+        generators = [np.random.default_rng([self.config.train.seed, *sample]) for sample in samples]
+        drawn = [
+            self._sequences.draw(rng, 1 + epoch) for rng, (epoch, _) in zip(generators, samples, strict=True)
+        ]
+        rate_hz, augment = self.config.data.sample_rate_hz, self.config.augment
+        longest = self.config.data.max_seconds * rate_hz
+        waves = [disturb(one.wave, augment, rng)[:longest] for one, rng in zip(drawn, generators, strict=True)]
+        mel_BFT = self.features(waves, sampling_rate=rate_hz, return_tensors="pt").input_features
+        for mel_FT, wave, rng in zip(mel_BFT, waves, generators, strict=True):
+            mask(mel_FT, len(wave) / rate_hz, self.features, augment, rng)
+        texts = [one.text for one in drawn]
+        return {"input_features": mel_BFT, "labels": networks.labels(self.tokens, texts, self._start_token)}
+
+    def loss(self, network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """The sum of the tokens' cross-entropies, and how many tokens there are."""
+        count = int((batch["labels"] != -100).sum())
+        return network(**batch).loss * count, count
+
+    def validate(self, network: nn.Module, rank: int, world_size: int) -> Mapping[str, tuple[float, float]]:
+        """WER and CER of one rank's share of the validation split, as edits and length."""
+        return errors(self.predictor(network), self.validation[rank::world_size])
+
+    def predictor(self, network: nn.Module) -> WhisperPredictor:
+        """The network as it is used after training."""
+        plain = network if isinstance(network, WhisperForConditionalGeneration) else network.get_base_model()  # type: ignore[operator]
+        device = str(next(network.parameters()).device)
+        return WhisperPredictor(plain, self.tokens, self.features, device)
+
+    @cached_property
+    def _sequences(self) -> Sequences:
+        return Sequences(self.pool, self.config.data)
+
+    @cached_property
+    def _start_token(self) -> int:
+        base = self.config.network.base
+        return int(networks.start_token(base) if base is not None else self.tokens.bos_token_id)
+
+
+def disturb(wave: NDArray[np.float32], augment: AugmentConfig, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Change the speed (and with it the pitch) of float32[N] samples and add white noise, as the generator says."""
+    factor = 1 + rng.uniform(-augment.speed, augment.speed)
+    places = np.arange(0, len(wave) - 1, factor)
+    faster = np.interp(places, np.arange(len(wave)), wave)
+    level = float(np.sqrt(np.mean(np.square(faster)))) * 10 ** ((augment.noise_db - rng.uniform(0, 30)) / 20)
+    return np.asarray(faster + rng.normal(0, level, len(faster)), np.float32)
+
+
+def mask(
+    mel_FT: Tensor, seconds: float, features: WhisperFeatureExtractor, augment: AugmentConfig, rng: np.random.Generator
+) -> None:
+    """Set one stretch of time, within the speech, and one of mel bins to the mean (SpecAugment)."""
+    frames_s = features.sampling_rate / features.hop_length
+    speech = max(1, round(seconds * frames_s))
+    average = mel_FT[:, :speech].mean()
+    width = int(rng.integers(0, round(augment.time_mask_s * frames_s) + 1))
+    start = int(rng.integers(0, max(1, speech - width)))
+    mel_FT[:, start : start + width] = average
+    height = int(rng.integers(0, augment.mel_mask + 1))
+    bottom = int(rng.integers(0, max(1, mel_FT.shape[0] - height)))
+    mel_FT[bottom : bottom + height] = average
+
+
+def errors(predictor: WhisperPredictor, utterances: Sequence[Utterance]) -> dict[str, tuple[float, float]]:
+    """Edits and lengths, in words as `wer` and in characters as `cer`, summed over all utterances."""
+    wer, cer = np.zeros(2), np.zeros(2)
+    for first in range(0, len(utterances), BATCH):
+        part = utterances[first : first + BATCH]
+        waves = [resample(one.wave, one.sample_rate_hz, predictor.sample_rate_hz) for one in part]
+        for one, transcript in zip(part, predictor.transcribe(waves), strict=True):
+            words = one.text.split()
+            wer += Levenshtein.distance(words, transcript.text.lower().split()), len(words)
+            cer += Levenshtein.distance(one.text, transcript.text.lower()), len(one.text)
+    return {"wer": (float(wer[0]), float(wer[1])), "cer": (float(cer[0]), float(cer[1]))}
+
+
+def train(config: WhisperConfig, found: Splits, *, home: Path, tracking_uri: str) -> dict[str, object]:
+    """Train, evaluate on the test split before and after, register; the result of the job.
+
+    An unfinished run of the same name goes on. Ray must be initialised.
+
+    Raises:
+        RunError: the name is in use or belongs to another configuration.
+        NetworkError: the base model can't be loaded or doesn't fit the data.
+    """
+    task = WhisperTask(config, found.train, found.validation)
+    config_hash = _fingerprint(config, found)
+    name = config.train.name or f"{config.registered_name}-{config_hash[:10]}"
+    with (
+        claimed(home / "training", name, config_hash) as claim,
+        opened(tracking_uri, config.registered_name, claim.name, claim.run_id) as run,
+    ):
+        claim.remember(run.id, finished=False)
+        run.log_params(_parameters(config, found))
+        torch.manual_seed(config.train.seed)
+        baseline = task.predictor(networks.merged(task.build()))
+        before = _rates(errors(baseline, found.test))
+        logger.info(json.dumps({"event": "before training", "run": claim.name, **before}))
+        fitted = trainer.fit(
+            task,
+            config.train,
+            folder=claim.folder,
+            config_hash=config_hash,
+            tracking_uri=tracking_uri,
+            run_id=run.id,
+        )
+        trained = task.build()
+        trainer.load_weights(trained, fitted.weights)
+        predictor = task.predictor(networks.merged(trained))
+        after = _rates(errors(predictor, found.test))
+        rates = {f"before_{key}": value for key, value in before.items()} | after
+        run.log_metrics({f"test_{key}": value for key, value in rates.items()}, fitted.steps)
+        registry = Registry(tracking_uri)
+        _register_baseline(registry, config.registered_name, baseline, run, found, before)
+        version, alias = _register(registry, config.registered_name, predictor, run, found, after, home / "models")
+        claim.remember(run.id, finished=True)
+    return {
+        "wer_before": before["wer"],
+        "wer_after": after["wer"],
+        "cer_after": after["cer"],
+        "steps": fitted.steps,
+        "best_step": fitted.best_step,
+        "seconds": round(fitted.seconds, 1),
+        "version": version.version,
+        "alias": alias,
+        "run_id": run.id,
+        "run": claim.name,
+        "source": found.source,
+        "skipped": found.skipped,
+        "restarts": fitted.restarts,
+        "parameters": sum(parameter.numel() for parameter in trained.parameters()),
+    }
+
+
+def _register(
+    registry: Registry,
+    name: str,
+    predictor: WhisperPredictor,
+    run: Run,
+    found: Splits,
+    rates: Mapping[str, float],
+    cache: Path,
+) -> tuple[ModelVersion, str]:
+    """Register, as champion where the present one is not at least as good on the same split, else as challenger."""
+    version = _upload(registry, name, predictor, "model", run, found, rates)
+    present = registry.aliases().get((name, CHAMPION))
+    if present is None:
+        registry.set_alias(name, CHAMPION, version.version, "the first version")
+        return version, CHAMPION
+    champion = registry.resolve(name, CHAMPION)
+    if champion.tags.get("split_hash") == found.hash:
+        to_beat = float(champion.tags["wer"])
+    else:
+        to_beat = _rates(errors(predict.load(registry.download(champion, cache)), found.test))["wer"]
+    alias = CHAMPION if rates["wer"] < to_beat else CHALLENGER
+    reason = f"WER {rates['wer']:.4f} against {to_beat:.4f} of version {champion.version} on split {found.hash}"
+    registry.set_alias(name, alias, version.version, reason)
+    return version, alias
+
+
+def _register_baseline(
+    registry: Registry, name: str, baseline: WhisperPredictor, run: Run, found: Splits, rates: Mapping[str, float]
+) -> None:
+    """Register the network as it is before training, once for all runs."""
+    if (name, BASELINE) not in registry.aliases():
+        version = _upload(registry, name, baseline, "baseline", run, found, rates)
+        registry.set_alias(name, BASELINE, version.version, "the network before any training")
+
+
+def _upload(
+    registry: Registry,
+    name: str,
+    predictor: WhisperPredictor,
+    part: str,
+    run: Run,
+    found: Splits,
+    rates: Mapping[str, float],
+) -> ModelVersion:
+    tags = {"task": "whisper", "split_hash": found.hash, "source": found.source}
+    tags |= {key: f"{value:.6f}" for key, value in rates.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / part
+        predictor.save(folder)
+        return registry.register(name, folder, run_id=run.id, tags=tags)
+
+
+def _rates(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    return {name: edits / length for name, (edits, length) in sums.items()}
+
+
+def _fingerprint(config: WhisperConfig, found: Splits) -> str:
+    """A hash of what decides the weights: data, network and recipe, but not how the work is scheduled."""
+    deciding = config.model_dump(mode="json", exclude={"evaluate": True, "registered_name": True, "train": SCHEDULING})
+    total = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
+    for one in (*found.train, *found.validation, *found.test):
+        total.update(f"{one.id}\0{one.text}\0".encode())
+        total.update(np.ascontiguousarray(one.wave).tobytes())
+    return total.hexdigest()
+
+
+def _parameters(config: WhisperConfig, found: Splits) -> dict[str, object]:
+    sections = config.model_dump(mode="json", exclude={"evaluate"})
+    flat = {
+        f"{section}.{key}": value
+        for section in sections
+        if isinstance(sections[section], dict)
+        for key, value in sections[section].items()
+    }
+    counts = {"digits": len(found.train), "validation": len(found.validation), "test": len(found.test)}
+    return (
+        flat
+        | {f"data.{part}_count": count for part, count in counts.items()}
+        | {
+            "data.hash": found.hash,
+            "data.used_source": found.source,
+            "data.skipped": found.skipped,
+        }
+    )

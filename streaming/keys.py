@@ -1,0 +1,161 @@
+"""Dense ids for entities: the first entity seen is 0, the next new one 1, so that state can live in plain arrays."""
+
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from streaming.compile_kernels import kernel
+from streaming.memory import address, byte, word
+from streaming.plan import EntityType
+from streaming.records import Bools, Bytes, Ints
+
+T = TypeVar("T", bound=np.generic)
+
+_EMPTY = -1
+_PRIME = np.uint64(0x9E3779B97F4A7C15)
+_HALF = np.uint64(32)
+_POSITIVE = np.uint64(0x7FFFFFFFFFFFFFFF)
+
+
+class KeyIndex:
+    """A hash table (open addressing) from the bytes of an entity to its id; an int64 entity is its 8 bytes."""
+
+    def __init__(self) -> None:
+        self._text = np.empty(1024, dtype=np.uint8)
+        self._starts = np.zeros(65, dtype=np.int64)
+        self._slots = np.full(128, _EMPTY, dtype=np.int64)
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def ids(self, text: Bytes, spans: Ints, wanted: Bools) -> Ints:
+        """The id of each wanted span [N, 2] of `text`, new ids in the order of first sight; -1 for the others."""
+        self._reserve(len(spans), len(text))
+        ids = np.full(len(spans), _EMPTY, dtype=np.int64)
+        self._count = _assign(text, spans, wanted, self._text, self._starts, self._slots, self._count, ids)
+        return ids
+
+    def entities(self, ids: Ints, entity_type: EntityType) -> pa.Array:
+        """The entities of some ids, as strings or int64."""
+        starts = self._starts
+        lengths = starts[ids + 1] - starts[ids]
+        offsets = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        text = np.empty(offsets[-1], dtype=np.uint8)
+        _gather(self._text, starts, ids, offsets, text)
+        if entity_type == "int64":
+            return pa.array(text.view(np.int64))
+        buffers = [None, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(text)]
+        return pa.Array.from_buffers(pa.string(), len(ids), buffers)
+
+    def state(self) -> tuple[Bytes, Ints]:
+        """The bytes of all entities and where each starts ([K + 1]), for `restored`."""
+        starts = self._starts[: self._count + 1]
+        return self._text[: starts[-1]], starts
+
+    @classmethod
+    def restored(cls, text: Bytes, starts: Ints) -> "KeyIndex":
+        """The index that gave this `state`."""
+        index = cls()
+        spans = np.stack([starts[:-1], starts[1:]], axis=1)
+        index.ids(text, spans, np.ones(len(spans), dtype=np.bool_))
+        return index
+
+    def _reserve(self, more: int, more_bytes: int) -> None:
+        """Makes room for new entities: the table stays at most half full."""
+        count = self._count + more
+        if count + 1 > len(self._starts):
+            self._starts = _grown(self._starts, count + 1)
+        needed = int(self._starts[self._count]) + more_bytes
+        if needed > len(self._text):
+            self._text = _grown(self._text, needed)
+        if 2 * count > len(self._slots):
+            size = len(self._slots)
+            while size < 2 * count:
+                size *= 2
+            self._slots = np.full(size, _EMPTY, dtype=np.int64)
+            _reinsert(self._text, self._starts, self._slots, self._count)
+
+
+def _grown(array: npt.NDArray[T], needed: int) -> npt.NDArray[T]:
+    grown = np.zeros(max(needed, 2 * len(array)), dtype=array.dtype)
+    grown[: len(array)] = array
+    return grown
+
+
+@kernel
+def _hash(start: int, end: int) -> int:
+    """Multiplies and folds 8 bytes at a time; the last 8 overlap the ones before."""
+    code = np.uint64(end - start) * _PRIME
+    if end - start < 8:
+        for i in range(start, end):
+            code = (code ^ np.uint64(byte(i))) * _PRIME
+    else:
+        for i in range(start, end - 8, 8):
+            code = (code ^ word(i)) * _PRIME
+            code ^= code >> _HALF
+        code = (code ^ word(end - 8)) * _PRIME
+    code ^= code >> _HALF
+    return int(code & _POSITIVE)
+
+
+@kernel
+def _equal(one: int, other: int, length: int) -> bool:
+    i = 0
+    while i + 8 <= length:
+        if word(one + i) != word(other + i):
+            return False
+        i += 8
+    while i < length:
+        if byte(one + i) != byte(other + i):
+            return False
+        i += 1
+    return True
+
+
+@kernel
+def _assign(
+    text: Bytes, spans: Ints, wanted: Bools, known: Bytes, starts: Ints, slots: Ints, count: int, ids: Ints
+) -> int:
+    mask = len(slots) - 1
+    base, known_base = address(text), address(known)
+    for row in range(len(spans)):
+        if not wanted[row]:
+            continue
+        start, length = spans[row, 0], spans[row, 1] - spans[row, 0]
+        slot = _hash(base + start, base + start + length) & mask
+        while slots[slot] != _EMPTY:
+            first = starts[slots[slot]]
+            if starts[slots[slot] + 1] - first == length and _equal(known_base + first, base + start, length):
+                break
+            slot = (slot + 1) & mask
+        if slots[slot] == _EMPTY:
+            first = starts[count]
+            known[first : first + length] = text[start : start + length]
+            starts[count + 1] = first + length
+            slots[slot] = count
+            count += 1
+        ids[row] = slots[slot]
+    return count
+
+
+@kernel
+def _reinsert(text: Bytes, starts: Ints, slots: Ints, count: int) -> None:
+    mask = len(slots) - 1
+    base = address(text)
+    for entity in range(count):
+        slot = _hash(base + starts[entity], base + starts[entity + 1]) & mask
+        while slots[slot] != _EMPTY:
+            slot = (slot + 1) & mask
+        slots[slot] = entity
+
+
+@kernel
+def _gather(text: Bytes, starts: Ints, ids: Ints, offsets: Ints, out: Bytes) -> None:
+    for row in range(len(ids)):
+        start = starts[ids[row]]
+        for k in range(offsets[row + 1] - offsets[row]):
+            out[offsets[row] + k] = text[start + k]

@@ -1,0 +1,72 @@
+"""What travels between the stages of the stream: records in, refused records and feature rows out."""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+Bytes = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+RejectKind = Literal["dead", "late"]
+
+
+class RecordBatch(NamedTuple):
+    """N records of one partition in offset order; keys and values are spans into one buffer.
+
+    Attributes:
+        partition: Kafka partition.
+        buffer: uint8 bytes that hold all keys and values, in any order, with anything between them.
+        offsets: int64 [N], rising; gaps are allowed (compaction, transactions).
+        keys: int64 [N, 2] start and end in `buffer`; start -1 is a null key.
+        values: int64 [N, 2] start and end in `buffer`; start -1 is a null value (tombstone).
+        timestamps_ms: int64 [N], the broker's (not used as event time).
+    """
+
+    partition: int
+    buffer: Bytes
+    offsets: Ints
+    keys: Ints
+    values: Ints
+    timestamps_ms: Ints
+
+    def key(self, row: int) -> bytes | None:
+        """The key bytes of a row, or None where it has none."""
+        return _bytes(self.buffer, self.keys[row])
+
+    def value(self, row: int) -> bytes | None:
+        """The value bytes of a row, or None where it has none."""
+        return _bytes(self.buffer, self.values[row])
+
+
+class Reject(NamedTuple):
+    """A record that changed no feature: `dead` cannot be read or is from the future, `late` came after its windows."""
+
+    kind: RejectKind
+    partition: int
+    offset: int
+    reason: str
+    key: bytes | None
+    value: bytes | None
+
+
+class Emission(NamedTuple):
+    """One row an entity: its features as they stand at the partition clock.
+
+    Attributes:
+        entities: string or int64 [N], each entity once.
+        event_time_us: int64 [N], the clock at which the values hold.
+        features: N rows in one chunk, one column an aggregate in the order of `Plan.aggregates`:
+            count int64 (0 when the window is empty), sum float64 (0.0), mean float64 (null).
+    """
+
+    entities: pa.Array
+    event_time_us: Ints
+    features: pa.Table
+
+
+def _bytes(buffer: Bytes, span: Ints) -> bytes | None:
+    start, end = int(span[0]), int(span[1])
+    return None if start < 0 else buffer[start:end].tobytes()

@@ -1,0 +1,107 @@
+"""Records that changed no feature, kept for inspection and repair in `<topic>.dead` and `<topic>.late`.
+
+A reject keeps its key and value and carries the headers `reason`, `view`, `partition` and `offset` (of the source
+topic, decimal text); one with neither key nor value gets an empty value, as the producer needs one of them. After a crash the records since the last checkpoint are read again, so one reject can be written
+twice: a reader keeps the first of each (view, partition, offset).
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from kafka import KafkaAdminClient, KafkaProducer
+from kafka.errors import TopicAlreadyExistsError
+
+from streaming import events
+from streaming.records import Reject
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1_000
+DELIVERY_TIMEOUT_MS = 20_000
+
+
+class RejectLog:
+    """The dead-letter and late topics of one view.
+
+    Args:
+        bootstrap_servers: `host:port,host:port`.
+        topic: the source topic; `<topic>.dead` and `<topic>.late` must exist.
+        view: name of the view that refused the records.
+    """
+
+    def __init__(self, bootstrap_servers: str, topic: str, view: str) -> None:
+        self._topics = {"dead": events.dead(topic), "late": events.late(topic)}
+        self._view = view.encode()
+        self._servers = bootstrap_servers.split(",")
+        self._producer: KafkaProducer | None = None
+
+    def write(self, rejects: Sequence[Reject]) -> None:
+        """Write the rejects and wait until the broker has them, a thousand at a time so that memory stays bounded.
+
+        Raises:
+            KafkaError: the broker did not take them in time; writing the same rejects again is safe.
+        """
+        if not rejects:
+            return
+        if self._producer is None:
+            self._producer = KafkaProducer(
+                bootstrap_servers=self._servers,
+                linger_ms=5,
+                delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
+                request_timeout_ms=DELIVERY_TIMEOUT_MS // 2,
+                max_block_ms=DELIVERY_TIMEOUT_MS,
+                reconnect_backoff_max_ms=1_000,
+            )
+        for start in range(0, len(rejects), CHUNK):
+            sent = [
+                self._producer.send(
+                    self._topics[reject.kind],
+                    key=reject.key,
+                    value=b"" if reject.key is reject.value is None else reject.value,
+                    headers=[
+                        ("reason", reject.reason.encode()),
+                        ("view", self._view),
+                        ("partition", str(reject.partition).encode()),
+                        ("offset", str(reject.offset).encode()),
+                    ],
+                )
+                for reject in rejects[start : start + CHUNK]
+            ]
+            self._producer.flush(timeout=DELIVERY_TIMEOUT_MS / 1000)
+            for future in sent:
+                future.get(timeout=0)
+
+    def close(self) -> None:
+        """Leave the broker."""
+        if self._producer is not None:
+            self._producer.close(timeout=2)
+
+
+def identity(headers: Sequence[tuple[str, bytes]]) -> tuple[str, int, int]:
+    """(view, partition, offset) of a record in a dead or late topic: equal ones are the same reject."""
+    found = dict(headers)
+    return found["view"].decode(), int(found["partition"]), int(found["offset"])
+
+
+def ensure_topics(bootstrap_servers: str, topics: Mapping[str, int]) -> dict[str, int]:
+    """Create the topics (name to number of partitions) that do not exist; returns how many partitions each has.
+
+    Raises:
+        KafkaError: no broker answered.
+    """
+    admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers.split(","))
+    try:
+        existing = set(admin.list_topics())
+        missing = {
+            name: {"num_partitions": partitions, "replication_factor": -1}
+            for name, partitions in topics.items()
+            if name not in existing
+        }
+        if missing:
+            log.info("creating topics", extra={"topics": sorted(missing)})
+            with suppress(TopicAlreadyExistsError):  # another job was faster
+                admin.create_topics(missing, wait_for_metadata=True)
+        return {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics(list(topics))}
+    finally:
+        admin.close()

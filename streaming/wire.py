@@ -1,0 +1,359 @@
+"""From Kafka to columns: a consumer that yields `RecordBatch`es instead of one Python object a record.
+
+kafka-python decodes record by record, which costs 4-12 microseconds each. Here the decompressed bytes of a whole v2
+record batch are parsed in one pass by numba. The hook is `Fetcher.PartitionRecords`, which is private: it is used
+only with the versions that were tried, and every fetch that holds anything but plain v2 data batches (older formats,
+control batches, transactions, an unknown codec) goes through the public path of kafka-python.
+"""
+
+import logging
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import kafka
+import numpy as np
+from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
+from kafka.consumer.fetcher import Fetcher
+from kafka.errors import CorruptRecordError, KafkaError, OffsetOutOfRangeError
+from kafka.record.default_records import DefaultRecordBatch
+from kafka.record.memory_records import MemoryRecords
+
+from streaming.compile_kernels import kernel
+from streaming.records import Bytes, Ints, RecordBatch
+
+log = logging.getLogger(__name__)
+
+COLUMNAR_VERSIONS = ("3.0.",)
+BATCHES_A_POLL = 32
+RECORDS_A_CHUNK = 1_000
+MAGIC_AT, ATTRIBUTES_AT, HEADER_BYTES = 16, 21, 61
+CODEC, TRANSACTIONAL, CONTROL = 0x07, 0x10, 0x20
+CODECS = 4
+
+
+class OffsetError(ValueError):
+    """A stored offset that lies beyond the end of its topic: the topic was deleted and made again."""
+
+
+class Consumer:
+    """Reads chosen partitions of one topic from given offsets; commits are advisory and never decide where it starts.
+
+    Args:
+        bootstrap_servers: `host:port,host:port`.
+        topic: the topic; it must exist.
+        group: name under which `commit` reports progress to Kafka's own tools.
+        columnar: False forces the public path of kafka-python.
+    """
+
+    def __init__(self, bootstrap_servers: str, topic: str, group: str, columnar: bool = True) -> None:
+        self.topic = topic
+        self.lost = 0
+        self._ends: dict[int, int] = {}
+        self._kafka = KafkaConsumer(
+            bootstrap_servers=bootstrap_servers.split(","),
+            group_id=group,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            isolation_level="read_committed",
+            allow_auto_create_topics=False,
+            max_partition_fetch_bytes=4 << 20,
+            reconnect_backoff_max_ms=1_000,
+        )
+        self._columnar = columnar and kafka.__version__.startswith(COLUMNAR_VERSIONS)
+        if self._columnar:
+            self._kafka._fetcher.PartitionRecords = ColumnarRecords
+        elif columnar:
+            log.warning("kafka-python %s was not tried with the columnar reader: reading is slower", kafka.__version__)
+
+    def assign(self, partitions: Iterable[int]) -> None:
+        """Take these partitions; each needs a `seek` before the first `poll`."""
+        self._kafka.assign([TopicPartition(self.topic, partition) for partition in partitions])
+
+    def seek(self, partition: int, offset: int | None) -> int:
+        """Start at `offset` (None: at the earliest) and return where reading really starts.
+
+        Offsets that retention has removed are skipped: logged, and counted in `lost`.
+
+        Raises:
+            OffsetError: `offset` lies beyond the end of the partition.
+        """
+        at = TopicPartition(self.topic, partition)
+        earliest = int(self._kafka.beginning_offsets([at])[at])
+        start = earliest if offset is None else offset
+        end = self._ends[partition] = int(self._kafka.end_offsets([at])[at])
+        if start > end:
+            raise OffsetError(
+                f"Topic {self.topic!r} partition {partition} ends at offset {end} but its checkpoint stands at {start}:"
+                " the topic was deleted and made again; remove the checkpoints of its views to start anew."
+            )
+        if start < earliest:
+            self.lost += earliest - start
+            log.warning(
+                "records removed by retention before they were read",
+                extra={"topic": self.topic, "partition": partition, "offset": start, "lost": earliest - start},
+            )
+        self._kafka.seek(at, max(start, earliest))
+        return max(start, earliest)
+
+    def poll(self, timeout_s: float, max_records: int) -> list[RecordBatch]:
+        """Batches of at most `max_records` records, each of one partition, in offset order within a partition.
+
+        Empty when nothing came within `timeout_s` or while the broker is away (kafka-python reconnects by itself).
+
+        Raises:
+            OffsetError: the topic was deleted and made again while it was read.
+        """
+        limit = BATCHES_A_POLL if self._columnar else max_records
+        try:
+            polled = self._kafka.poll(timeout_ms=int(timeout_s * 1000), max_records=limit)
+        except OffsetOutOfRangeError as error:
+            for at, offset in error.args[0].items():
+                self.seek(at.partition, int(getattr(offset, "offset", offset)))
+            return []
+        batches: list[RecordBatch] = []
+        for at, items in polled.items():
+            found = [item.batch for item in items] if self._columnar else [from_records(at.partition, items)]
+            batches.extend(piece for batch in _packed(found, max_records) for piece in _pieces(batch, max_records))
+        return batches
+
+    def position(self, partition: int) -> int:
+        """Offset of the next record that `poll` will hand out."""
+        return int(self._kafka._subscription.assignment[TopicPartition(self.topic, partition)].position.offset)
+
+    def lag(self) -> dict[int, int]:
+        """Records between the position and the end known from the last answer, by partition; asks nobody."""
+        lags = {}
+        for at in self._kafka.assignment():
+            end = self._kafka.highwater(at)
+            end = self._ends[at.partition] if end is None else end
+            lags[at.partition] = max(0, end - self.position(at.partition))
+        return lags
+
+    def end_offsets(self) -> dict[int, int]:
+        """The end of each partition as the broker says now.
+
+        Raises:
+            KafkaError: the broker did not answer in time.
+        """
+        return {at.partition: end for at, end in self._kafka.end_offsets(list(self._kafka.assignment())).items()}
+
+    def commit(self, offsets: Mapping[int, int]) -> None:
+        """Report offsets to Kafka without waiting; a failure is not an error, because checkpoints decide."""
+        self._kafka.commit_async(
+            {TopicPartition(self.topic, at): OffsetAndMetadata(offset, "", -1) for at, offset in offsets.items()}
+        )
+
+    def close(self) -> None:
+        """Leave the broker."""
+        try:
+            self._kafka.close(autocommit=False, timeout_ms=2_000)
+        except KafkaError as error:
+            log.debug("closing the consumer failed: %s", error)
+
+
+class _Item(NamedTuple):
+    """What takes the place of a record in kafka-python's fetcher: `offset` is the last one of the batch."""
+
+    offset: int
+    batch: RecordBatch
+
+
+class ColumnarRecords(Fetcher.PartitionRecords):  # type: ignore[misc]  # kafka-python has no types
+    """Records of one fetched partition, handed out batch by batch."""
+
+    def _unpack_records(
+        self, tp: TopicPartition, records: MemoryRecords, key_deserializer: Any, value_deserializer: Any
+    ) -> Iterator[_Item]:
+        if not _all_plain(records._buffer):
+            yield from self._unpack_publicly(tp, records, key_deserializer, value_deserializer)
+            return
+        while (batch := records.next_batch()) is not None:
+            self.leader_epoch = batch.leader_epoch
+            if self.check_crcs and not batch.validate_crc():
+                raise CorruptRecordError(f"Record batch of {tp} at offset {batch.base_offset} failed its CRC check")
+            columns = parse_batch(tp.partition, batch, self.fetch_offset)
+            self.next_fetch_offset = batch.next_offset
+            self.records_read += len(columns.offsets)
+            self.bytes_read += batch.size_in_bytes
+            if len(columns.offsets):
+                yield _Item(batch.last_offset, columns)
+        self.drain()
+
+    def _unpack_publicly(
+        self, tp: TopicPartition, records: MemoryRecords, key_deserializer: Any, value_deserializer: Any
+    ) -> Iterator[_Item]:
+        chunk: list[Any] = []
+        failure: Exception | None = None
+        try:
+            for record in super()._unpack_records(tp, records, key_deserializer, value_deserializer):
+                if record.offset >= self.fetch_offset:
+                    chunk.append(record)
+                if len(chunk) == RECORDS_A_CHUNK:
+                    yield _Item(record.offset, from_records(tp.partition, chunk))
+                    chunk = []
+        except KafkaError as error:
+            failure = error
+        if chunk:
+            yield _Item(chunk[-1].offset, from_records(tp.partition, chunk))
+        if failure is not None:
+            raise failure
+
+
+def parse_batch(partition: int, batch: DefaultRecordBatch, first_offset: int = 0) -> RecordBatch:
+    """The records of a v2 batch from `first_offset` on, as columns over its decompressed bytes.
+
+    Raises:
+        CorruptRecordError: the bytes are no well-formed records.
+    """
+    batch._maybe_uncompress()
+    buffer: Bytes = np.frombuffer(batch._buffer, dtype=np.uint8)
+    count = batch.records_count
+    offsets, timestamps_ms = np.empty(count, np.int64), np.empty(count, np.int64)
+    keys, values = np.empty((count, 2), np.int64), np.empty((count, 2), np.int64)
+    end = parse_records(
+        buffer, batch._pos, batch.base_offset, batch.first_timestamp, offsets, timestamps_ms, keys, values
+    )
+    if end != len(buffer):
+        raise CorruptRecordError(f"Record batch of partition {partition} at offset {batch.base_offset} is malformed")
+    if batch.timestamp_type:
+        timestamps_ms[:] = batch.max_timestamp
+    start = int(np.searchsorted(offsets, first_offset))
+    return RecordBatch(partition, buffer, offsets[start:], keys[start:], values[start:], timestamps_ms[start:])
+
+
+def from_records(partition: int, records: Sequence[Any]) -> RecordBatch:
+    """Columns made of kafka-python's own records (attributes offset, timestamp, key, value)."""
+    parts: list[bytes] = []
+    keys, values = np.full((len(records), 2), -1, np.int64), np.full((len(records), 2), -1, np.int64)
+    end = 0
+    for row, record in enumerate(records):
+        for spans, data in ((keys, record.key), (values, record.value)):
+            if data is not None:
+                parts.append(data)
+                spans[row] = end, end + len(data)
+                end += len(data)
+    return RecordBatch(
+        partition,
+        np.frombuffer(b"".join(parts), dtype=np.uint8),
+        np.array([record.offset for record in records], dtype=np.int64),
+        keys,
+        values,
+        np.array([record.timestamp for record in records], dtype=np.int64),
+    )
+
+
+def _all_plain(buffer: bytes) -> bool:
+    """Whether a fetch holds only complete v2 data batches outside transactions, in a codec that is known."""
+    at = 0
+    while at + HEADER_BYTES <= len(buffer):
+        (length,) = struct.unpack_from(">i", buffer, at + 8)
+        (attributes,) = struct.unpack_from(">h", buffer, at + ATTRIBUTES_AT)
+        if buffer[at + MAGIC_AT] != 2 or attributes & (TRANSACTIONAL | CONTROL) or attributes & CODEC > CODECS:
+            return False
+        at += 12 + length
+    return True
+
+
+def _packed(batches: Sequence[RecordBatch], max_records: int) -> Iterator[RecordBatch]:
+    """Neighbouring small batches of one partition joined up to `max_records`."""
+    group: list[RecordBatch] = []
+    size = 0
+    for batch in batches:
+        if group and size + len(batch.offsets) > max_records:
+            yield _joined(group)
+            group, size = [], 0
+        group.append(batch)
+        size += len(batch.offsets)
+    if group:
+        yield _joined(group)
+
+
+def _joined(batches: Sequence[RecordBatch]) -> RecordBatch:
+    if len(batches) == 1:
+        return batches[0]
+    starts = np.cumsum([0, *(len(batch.buffer) for batch in batches[:-1])])
+
+    def shifted(spans: Iterable[Ints]) -> Ints:
+        moved = [np.where(span >= 0, span + start, span) for span, start in zip(spans, starts, strict=True)]
+        return np.concatenate(moved)
+
+    return RecordBatch(
+        batches[0].partition,
+        np.concatenate([batch.buffer for batch in batches]),
+        np.concatenate([batch.offsets for batch in batches]),
+        shifted(batch.keys for batch in batches),
+        shifted(batch.values for batch in batches),
+        np.concatenate([batch.timestamps_ms for batch in batches]),
+    )
+
+
+def _pieces(batch: RecordBatch, max_records: int) -> Iterator[RecordBatch]:
+    for start in range(0, len(batch.offsets), max_records):
+        rows = slice(start, start + max_records)
+        yield RecordBatch(
+            batch.partition,
+            batch.buffer,
+            batch.offsets[rows],
+            batch.keys[rows],
+            batch.values[rows],
+            batch.timestamps_ms[rows],
+        )
+
+
+@kernel
+def _varint(buffer: Bytes, at: int) -> tuple[int, int]:
+    """A zigzag varint and the position after it; position -1 if the bytes end or it is too long."""
+    value = np.uint64(0)
+    shift = np.uint64(0)
+    while at >= 0 and at < len(buffer) and shift < np.uint64(70):
+        byte = np.uint64(buffer[at])
+        value |= (byte & np.uint64(127)) << shift
+        at += 1
+        if byte < np.uint64(128):
+            return int(np.int64(value >> np.uint64(1)) ^ -np.int64(value & np.uint64(1))), at
+        shift += np.uint64(7)
+    return 0, -1
+
+
+@kernel
+def parse_records(
+    buffer: Bytes,
+    at: int,
+    base_offset: int,
+    first_timestamp_ms: int,
+    offsets: Ints,
+    timestamps_ms: Ints,
+    keys: Ints,
+    values: Ints,
+) -> int:
+    """Fill the columns from the records at `at`; returns the position after the last, -1 if they are malformed."""
+    size = len(buffer)
+    for row in range(len(offsets)):
+        length, at = _varint(buffer, at)
+        end = at + length
+        if at < 0 or length < 1 or end > size:
+            return -1
+        delta_ms, at = _varint(buffer, at + 1)
+        delta, at = _varint(buffer, at)
+        offsets[row] = base_offset + delta
+        timestamps_ms[row] = first_timestamp_ms + delta_ms
+        for spans in (keys, values):
+            length, at = _varint(buffer, at)
+            if at < 0 or length > end - at:
+                return -1
+            if length < 0:
+                spans[row, 0] = spans[row, 1] = -1
+            else:
+                spans[row, 0], spans[row, 1] = at, at + length
+                at += length
+        headers, at = _varint(buffer, at)
+        for _ in range(2 * headers):
+            length, at = _varint(buffer, at)
+            if at < 0 or length > end - at:
+                return -1
+            if length > 0:
+                at += length
+        if at != end:
+            return -1
+    return at

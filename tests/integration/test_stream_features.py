@@ -1,0 +1,243 @@
+"""Kafka to Feast, for real: values equal a brute-force pandas computation, also after SIGKILL; nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+from feast import Entity, FeatureStore, Field, FileSource, KafkaSource, ValueType
+from feast.aggregation import Aggregation
+from feast.data_format import JsonFormat, ParquetFormat
+from feast.stream_feature_view import StreamFeatureView
+from feast.types import Float64, Int64, String
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+
+from streaming.plan import plans
+from streaming.rejects import ensure_topics, identity
+from streaming.supervisor import Supervisor
+
+ROOT = Path(__file__).parents[2]
+START = pd.Timestamp("2024-05-01T00:00:00Z")
+MINUTE = pd.Timedelta(minutes=1)
+WINDOWS = {"10m": (10 * MINUTE, MINUTE), "1h": (60 * MINUTE, 60 * MINUTE)}
+
+
+def foreign_repo(folder: Path, topic: str, servers: str, online: str, integer_key: bool) -> FeatureStore:
+    """A Feast repository as somebody else would have it: its own registry, store and topic."""
+    folder.mkdir(parents=True)
+    (folder / "feature_store.yaml").write_text(
+        f"project: foreign\nprovider: local\nregistry: data/registry.db\n"
+        f"online_store:\n  type: {online}\n  path: data/online.db\n"
+        "offline_store:\n  type: duckdb\nentity_key_serialization_version: 3\n"
+    )
+    (folder / "data").mkdir()
+    value_type, dtype, sql = (ValueType.INT64, Int64, "bigint") if integer_key else (ValueType.STRING, String, "string")
+    user = Entity(name="person", join_keys=["user"], value_type=value_type)
+    source = KafkaSource(
+        name="actions",
+        topic=topic,
+        kafka_bootstrap_servers=servers,
+        message_format=JsonFormat(schema_json=f"time timestamp, user {sql}, added bigint"),
+        timestamp_field="time",
+        watermark_delay_threshold=timedelta(minutes=5),
+        batch_source=FileSource(
+            path=f"{folder}/data/log/*.parquet",
+            file_format=ParquetFormat(),
+            timestamp_field="event_timestamp",
+            created_timestamp_column="created_timestamp",
+        ),
+    )
+    functions = {"count": Int64, "sum": Float64, "mean": Float64}
+    view = StreamFeatureView(
+        name="activity",
+        entities=[user],
+        source=source,
+        timestamp_field="time",
+        aggregations=[
+            Aggregation(
+                name=f"{function}_{name}", column="added", function=function, time_window=window, slide_interval=slide
+            )
+            for name, (window, slide) in WINDOWS.items()
+            for function in functions
+        ],
+        schema=[
+            Field(name="user", dtype=dtype),
+            *(Field(name=f"{function}_{name}", dtype=kind) for name in WINDOWS for function, kind in functions.items()),
+        ],
+    )
+    store = FeatureStore(repo_path=str(folder))
+    store.apply([user, view])
+    return store
+
+
+def edits(count: int, users: int, integer_key: bool, partitions: int) -> pd.DataFrame:
+    """Edits of three hours, a little out of order, in the order in which they are produced."""
+    random = np.random.default_rng(7)
+    minutes = np.linspace(0, 179, count) + random.uniform(0, 2, count)
+    names = random.zipf(1.5, count) % users
+    frame = pd.DataFrame(
+        {
+            "time": START + pd.to_timedelta(minutes, unit="min").floor("ms"),
+            "user": names if integer_key else [f"user {name}" for name in names],
+            "added": [None if value < 20 else int(value) for value in random.integers(0, 1000, count)],
+        }
+    )
+    frame["partition"] = [zlib.crc32(str(user).encode()) % partitions for user in frame["user"]]
+    # The clock ends one second after a full minute, so the seconds that a live worker idles cross no pane.
+    for partition in range(partitions):
+        last = frame.index[frame["partition"] == partition][-1]
+        frame.loc[last, "time"] = START + 181 * MINUTE + pd.Timedelta(seconds=1)
+    return frame
+
+
+def brute_force(frame: pd.DataFrame) -> dict:
+    """User to the values of the windows that hold at the clock of their partition."""
+    found = {}
+    for _, partition in frame.groupby("partition"):
+        clock = partition["time"].max()
+        for user, rows in partition.groupby("user"):
+            values: dict[str, float | None] = {}
+            for name, (window, slide) in WINDOWS.items():
+                end = clock.floor(slide) + slide
+                added = rows.loc[(rows["time"] >= end - window) & (rows["time"] < end), "added"].dropna().astype(float)
+                values |= {f"count_{name}": len(added), f"sum_{name}": float(added.sum())}
+                values[f"mean_{name}"] = float(added.mean()) if len(added) else None
+            found[user] = values
+    return found
+
+
+def produce(servers: str, topic: str, frame: pd.DataFrame) -> None:
+    producer = KafkaProducer(bootstrap_servers=servers, linger_ms=10)
+    for row in frame.itertuples():
+        added = None if pd.isna(row.added) else int(row.added)
+        event = {"time": row.time.isoformat(), "user": row.user, "added": added}
+        producer.send(topic, key=str(row.user).encode(), value=json.dumps(event).encode(), partition=row.partition)
+    producer.flush()
+    producer.close()
+
+
+def online(store: FeatureStore, users: list) -> dict:
+    names = [f"{function}_{name}" for name in WINDOWS for function in ("count", "sum", "mean")]
+    read = store.get_online_features(
+        features=[f"activity:{name}" for name in names], entity_rows=[{"user": user} for user in users]
+    ).to_dict()
+    return {user: {name: read[name][row] for name in names} for row, user in enumerate(read["user"])}
+
+
+def newest_offline(folder: Path) -> dict:
+    rows = duckdb.sql(
+        f"SELECT DISTINCT ON (user) * FROM '{folder}/data/log/*.parquet'"
+        " ORDER BY user, event_timestamp DESC, created_timestamp DESC"
+    ).to_arrow_table()
+    return {
+        row["user"]: {name: value for name, value in row.items() if name[-3:] == "10m" or name[-2:] == "1h"}
+        for row in rows.to_pylist()
+    }
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
+        time.sleep(0.1)
+
+
+def test_values_after_sigkill_of_the_worker_equal_brute_force(kafka, ray_local, tmp_path):
+    repo, topic = tmp_path / "repo", "killed-edits"
+    store = foreign_repo(repo, topic, kafka, "streaming.sinks.GuardedSqliteOnlineStore", integer_key=False)
+    ensure_topics(kafka, {topic: 2})
+    frame = edits(5_000, 300, integer_key=False, partitions=2)
+    supervisor = Supervisor(store, plans(store, None), home=tmp_path / "home", workers=1)
+    result: dict = {}
+    thread = threading.Thread(target=lambda: result.update(supervisor.run()))
+    status_path = tmp_path / "home" / "stream" / "status.json"
+
+    def status() -> list[dict]:
+        if not status_path.exists():
+            return []
+        return list(json.loads(status_path.read_text())["views"].get("activity", {}).values())
+
+    def processed() -> int:
+        return sum(row["processed"] for row in status())
+
+    thread.start()
+    try:
+        produce(kafka, topic, frame[:2_500])
+        wait_for(lambda: processed() == 2_500, "the first half")
+        pid = status()[0]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        produce(kafka, topic, frame[2_500:])
+        wait_for(lambda: processed() == 5_000, "the second half")
+        assert {row["pid"] for row in status()} != {pid}
+        assert {row["epoch"] for row in status()} == {2}
+    finally:
+        supervisor.stop()
+        thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert (result["activity"]["processed"], result["activity"]["dead"], result["activity"]["late"]) == (5_000, 0, 0)
+    expected = brute_force(frame)
+    assert online(store, sorted(expected)) == expected
+    assert newest_offline(repo) == expected
+    assert all(row["lag"] == 0 for row in status())
+
+
+POISON = [
+    b"{not json",
+    b"[1, 2]",
+    b'{"user": 5, "added": 1}',
+    b'{"time": "2024-05-01T03:00:00Z", "added": 1}',
+    b'{"time": "2024-05-01T03:00:00Z", "user": "five", "added": 1}',
+    b'{"time": "2024-05-01T03:00:00Z", "user": 5, "added": "one"}',
+    b'{"time": "2999-01-01T00:00:00Z", "user": 5, "added": 1}',
+]
+
+
+def test_the_job_runs_somebody_elses_repository_until_caught_up(kafka, tmp_path):
+    repo, topic = tmp_path / "repo", "foreign-actions"
+    store = foreign_repo(repo, topic, kafka, "sqlite", integer_key=True)
+    environ = os.environ | {"MILLRACE_HOME": str(tmp_path / "home"), "RAY_AUTH_TOKEN": "", "OMP_NUM_THREADS": "1"}
+
+    def job() -> dict:
+        command = [sys.executable, "ray_jobs/stream_features.py", "--repo", str(repo), "--until-caught-up"]
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])["views"]["activity"]
+
+    ensure_topics(kafka, {topic: 1})
+    frame = edits(1_000, 50, integer_key=True, partitions=1)
+    produce(kafka, topic, frame)
+    producer = KafkaProducer(bootstrap_servers=kafka)
+    late = [b'{"time": "2024-04-30T12:00:00Z", "user": 5, "added": 1}'] * 3
+    for value in POISON + late:
+        producer.send(topic, value)
+    producer.flush()
+    producer.close()
+
+    result = job()
+    assert (result["processed"], result["dead"], result["late"]) == (1_000, len(POISON), len(late))
+    assert result["events_per_s"] > 0
+    expected = brute_force(frame)
+    assert result["keys"] == len(expected)
+    assert online(store, sorted(expected)) == expected
+    assert newest_offline(repo) == expected
+    for kind, count in (("dead", len(POISON)), ("late", len(late))):
+        consumer = KafkaConsumer(bootstrap_servers=kafka, auto_offset_reset="earliest")
+        consumer.assign([TopicPartition(f"{topic}.{kind}", 0)])
+        found = []
+        wait_for(lambda: found.extend(*consumer.poll(timeout_ms=200).values()) or len(found) >= count, kind)
+        consumer.close()
+        assert len({identity(record.headers) for record in found}) == count
+        assert all(dict(record.headers)["reason"] for record in found)
+    assert datetime.now(UTC) - datetime.fromisoformat(
+        json.loads((tmp_path / "home" / "stream" / "status.json").read_text())["updated"]
+    ) < timedelta(minutes=1)

@@ -1,0 +1,391 @@
+"""Effectively once: a crash between any two steps, torn checkpoints and zombies change no outcome."""
+
+import json
+import re
+import shutil
+import sqlite3
+import threading
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pytest
+from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
+from feast.types import Float64, Int64, String
+from kafka.errors import KafkaError
+
+from streaming import worker as worker_module
+from streaming.checkpoint import CheckpointStore, StaleEpochError
+from streaming.offline import OfflineLog
+from streaming.partition import Partition
+from streaming.plan import Aggregate, Column, Plan
+from streaming.records import RecordBatch
+from streaming.sinks import OnlineSink
+from streaming.worker import Worker, WorkerError, check_keys
+
+MINUTE_US = 60_000_000
+PLAN = Plan(
+    view="activity",
+    topic="edits",
+    bootstrap_servers="",
+    entity="user",
+    entity_type="string",
+    timestamp="time",
+    columns=(Column("added", "bigint", nullable=True),),
+    aggregates=(
+        Aggregate("edits", "added", "count", 10 * MINUTE_US, MINUTE_US),
+        Aggregate("mean", "added", "mean", 2 * MINUTE_US, MINUTE_US),
+    ),
+    delay_us=MINUTE_US,
+)
+START = datetime(2024, 5, 1, tzinfo=UTC)
+WALL_US = int((START + timedelta(days=1)).timestamp()) * 1_000_000
+
+
+def record(user: str, minute: float, added: int | None) -> tuple[bytes, bytes]:
+    event = {"user": user, "time": (START + timedelta(minutes=minute)).isoformat(), "added": added}
+    return user.encode(), json.dumps(event).encode()
+
+
+def history(seed: int, users: list[str]) -> list[tuple[bytes | None, bytes | None]]:
+    """20 records of one partition: mostly good, with two poison ones and a late one among them."""
+    random = np.random.default_rng(seed)
+    records: list[tuple[bytes | None, bytes | None]] = [
+        record(users[random.integers(len(users))], 0.7 * n, int(random.integers(100))) for n in range(20)
+    ]
+    records[4], records[11], records[16] = (b"x", b"{not json"), (None, None), record(users[0], -30, 5)
+    return records
+
+
+HISTORY = {0: history(0, ["ann", "bob"]), 1: history(1, ["cyd", "dan", "eve"])}
+
+
+class Memory:
+    """A topic in memory: a crash is put between any two steps below, which a broker would make slow and random."""
+
+    def __init__(self, logs=HISTORY):
+        self.logs, self.at, self.committed, self.turn = logs, {}, {}, count()
+
+    def assign(self, partitions):
+        self.at = dict.fromkeys(partitions, 0)
+
+    def seek(self, partition, offset):
+        self.at[partition] = offset or 0
+        return self.at[partition]
+
+    def poll(self, timeout_s, max_records):
+        for _ in self.at:
+            partition = next(self.turn) % len(self.at)
+            rows = self.logs[partition][self.at[partition] : self.at[partition] + 5]
+            if rows:
+                self.at[partition] += len(rows)
+                return [batch(partition, self.at[partition] - len(rows), rows)]
+        return []
+
+    def position(self, partition):
+        return self.at[partition]
+
+    def lag(self):
+        return {partition: len(self.logs[partition]) - at for partition, at in self.at.items()}
+
+    def end_offsets(self):
+        return {partition: len(self.logs[partition]) for partition in self.at}
+
+    def commit(self, offsets):
+        self.committed.update(offsets)
+
+    def close(self):
+        pass
+
+
+class RejectTopic:
+    """What a broker would hold of the reject topics; it outlives the workers."""
+
+    def __init__(self):
+        self.found = []
+
+    def write(self, rejects):
+        self.found.extend(rejects)
+
+    def close(self):
+        pass
+
+
+def batch(partition, first, rows) -> RecordBatch:
+    buffer, keys, values = b"", [], []
+    for row in rows:
+        for spans, data in zip((keys, values), row, strict=True):
+            spans.append((-1, -1) if data is None else (len(buffer), len(buffer) + len(data)))
+            buffer += data or b""
+    offsets = np.arange(first, first + len(rows))
+    spans = (np.array(keys, dtype=np.int64), np.array(values, dtype=np.int64))
+    return RecordBatch(partition, np.frombuffer(buffer, dtype=np.uint8), offsets, *spans, np.zeros(len(rows), np.int64))
+
+
+class Crash(BaseException):
+    """A SIGKILL: no handler of the worker may catch it."""
+
+
+class Steps:
+    """Counts the steps of a worker and crashes right after the chosen one."""
+
+    def __init__(self, crash_after: int | None = None):
+        self.crash_after, self.names = crash_after, []
+
+    def done(self, name: str) -> None:
+        self.names.append(name)
+        if len(self.names) == self.crash_after:
+            raise Crash(name)
+
+    def watch(self, thing, *methods: str):
+        for method in methods:
+            original = getattr(thing, method)
+
+            def stepped(*args, original=original, name=method, **options):
+                result = original(*args, **options)
+                self.done(f"{type(thing).__name__}.{name}")
+                return result
+
+            setattr(thing, method, stepped)
+        return thing
+
+
+class Store(FeatureStore):
+    """Offers a plain FeatureView under the name of a stream view: the sink reads its name and fields only."""
+
+    def get_stream_feature_view(self, name, **_):
+        return self.get_feature_view(name)
+
+
+def config(folder: Path, registry: Path) -> RepoConfig:
+    store = {"type": "streaming.sinks.GuardedSqliteOnlineStore", "path": str(folder / "online.db")}
+    return RepoConfig(
+        project="test",
+        provider="local",
+        registry=str(registry),
+        online_store=store,
+        entity_key_serialization_version=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def applied(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("applied")
+    store = FeatureStore(config=config(folder, folder / "registry.db"))
+    user = Entity(name="user", join_keys=["user"], value_type=ValueType.STRING)
+    fields = [Field(name="user", dtype=String), Field(name="edits", dtype=Int64), Field(name="mean", dtype=Float64)]
+    source = FileSource(path=str(folder / "none.parquet"), timestamp_field="event_timestamp")
+    store.apply([user, FeatureView(name="activity", entities=[user], schema=fields, source=source)])
+    store._get_provider().online_store._get_conn(store.config).close()  # leaves one file to copy, without a WAL
+    return folder
+
+
+class World:
+    """The disk and the broker: what stays when a worker dies."""
+
+    def __init__(self, folder: Path, applied: Path, logs=HISTORY):
+        self.folder, self.logs, self.rejects = folder, logs, RejectTopic()
+        folder.mkdir()
+        shutil.copy(applied / "online.db", folder / "online.db")
+        self.store = Store(config=config(folder, applied / "registry.db"))
+        self.wall, self.epochs = count(WALL_US), count(1)
+
+    def worker(self, steps: Steps | None = None, **options) -> Worker:
+        steps = steps or Steps()
+        self.source = Memory(self.logs)
+        ticks = count()
+        worker = Worker(
+            PLAN,
+            next(self.epochs),
+            source=steps.watch(self.source, "poll", "commit"),
+            online=steps.watch(OnlineSink(self.store, "activity"), "write", "sync"),
+            offline=steps.watch(OfflineLog(str(self.folder / "offline"), "edits", "user"), "write"),
+            rejects=steps.watch(Rejecting(self.rejects), "write"),
+            checkpoints=steps.watch(CheckpointStore(str(self.folder / "checkpoints")), "claim", "save"),
+            ticking=False,
+            wall_us=lambda: next(self.wall),
+            monotonic_s=lambda: next(ticks) * 0.05,
+            **options,
+        )
+        worker.start(self.logs)
+        return worker
+
+    def outcome(self):
+        query = "SELECT entity_key, feature_name, value, event_us FROM test_activity ORDER BY 1, 2"
+        with sqlite3.connect(self.folder / "online.db") as connection:
+            online = connection.execute(query).fetchall()
+        offline = duckdb.sql(
+            f"SELECT DISTINCT ON (user, event_timestamp) * EXCLUDE created_timestamp FROM"
+            f" '{self.folder}/offline/*.parquet' ORDER BY user, event_timestamp, created_timestamp DESC"
+        ).fetchall()
+        states = CheckpointStore(str(self.folder / "checkpoints"))
+        saved = [states.load(worker_module.stream_name(PLAN), partition) for partition in self.logs]
+        rejects = sorted(set(self.rejects.found), key=lambda reject: (reject.partition, reject.offset))
+        return online, offline, [(one.offset, one.clock_us, without_wall_clock(one.state)) for one in saved], rejects
+
+
+def without_wall_clock(state: bytes) -> bytes:
+    """A state without the wall clock of its last event, the only part that two equal runs do not share."""
+    return re.sub(rb'("last_event": \[\d+), \d+', rb"\1", state)
+
+
+class Rejecting(RejectTopic):
+    """One worker's way to the shared topic."""
+
+    def __init__(self, topic: RejectTopic):
+        self.found = topic.found
+
+
+def finish(worker: Worker) -> dict:
+    worker.run(threading.Event(), until_caught_up=True)
+    return worker.status()
+
+
+@pytest.fixture
+def undisturbed(tmp_path, applied):
+    world = World(tmp_path / "undisturbed", applied)
+    steps = Steps()
+    worker = world.worker(steps)
+    status = finish(worker)
+    return world, steps, status
+
+
+def watched_partitions(monkeypatch, steps: Steps) -> None:
+    class Watched(Partition):
+        def process(self, *args, **options):
+            rejects = super().process(*args, **options)
+            steps.done("Partition.process")
+            return rejects
+
+        def emit(self):
+            emission = super().emit()
+            steps.done("Partition.emit")
+            return emission
+
+    monkeypatch.setattr(worker_module, "Partition", Watched)
+
+
+def test_a_run_counts_and_writes_everything(undisturbed):
+    world, steps, status = undisturbed
+    online, offline, saved, rejects = world.outcome()
+    assert [(row["processed"], row["dead"], row["late"], row["keys"]) for row in status.values()] == [
+        (17, 2, 1, 2),
+        (17, 2, 1, 3),
+    ]
+    assert len(online) == 5 * 2
+    assert len(offline) >= 5
+    assert [offset for offset, _, _ in saved] == [20, 20]
+    assert [(reject.kind, reject.partition, reject.offset) for reject in rejects] == [
+        (kind, partition, offset) for partition in (0, 1) for kind, offset in (("dead", 4), ("dead", 11), ("late", 16))
+    ]
+    assert len(world.rejects.found) == len(rejects)
+    assert world.source.committed == {0: 20, 1: 20}
+
+
+def test_the_steps_of_a_flush_come_in_the_order_that_makes_a_crash_harmless(undisturbed):
+    _, steps, _ = undisturbed
+    names = steps.names
+    first_save = names.index("CheckpointStore.save")
+    window = [name for name in names[:first_save] if not name.endswith("claim")]
+    order = ["Memory.poll", "Rejecting.write", "OnlineSink.write", "OnlineSink.sync", "OfflineLog.write"]
+    assert [name for name in dict.fromkeys(window)] == order
+    assert names.index("Memory.commit") > first_save
+
+
+def test_a_crash_after_any_step_ends_like_an_undisturbed_run(undisturbed, tmp_path, applied, monkeypatch):
+    expected_world, _, expected_status = undisturbed
+    expected = expected_world.outcome()
+    counting = Steps()
+    watched_partitions(monkeypatch, counting)
+    finish(World(tmp_path / "counting", applied).worker(counting))
+    assert {"Partition.process", "Partition.emit"} <= set(counting.names)
+    for crash_after in range(1, len(counting.names) + 1):
+        world = World(tmp_path / f"crash{crash_after}", applied)
+        steps = Steps(crash_after)
+        watched_partitions(monkeypatch, steps)
+        with pytest.raises(Crash):
+            finish(world.worker(steps))
+        watched_partitions(monkeypatch, Steps())
+        status = finish(world.worker())
+        where = f"crash after step {crash_after}, {steps.names[-1]}"
+        assert world.outcome() == expected, where
+        for number, row in expected_status.items():
+            assert {name: status[number][name] for name in ("processed", "dead", "late", "keys", "offset")} == {
+                name: row[name] for name in ("processed", "dead", "late", "keys", "offset")
+            }, where
+
+
+def test_a_torn_checkpoint_makes_the_one_before_serve(undisturbed):
+    world, _, _ = undisturbed
+    expected = world.outcome()
+    for newest in {path.parent: path for path in sorted(world.folder.rglob("*.checkpoint"))}.values():
+        newest.write_bytes(newest.read_bytes()[:-7])
+    worker = world.worker()
+    assert all(held["offset"] < 20 for held in worker.status().values())
+    finish(worker)
+    assert world.outcome() == expected
+
+
+def test_a_zombie_is_refused_and_changes_nothing(undisturbed, tmp_path, applied):
+    expected = undisturbed[0].outcome()
+    world = World(tmp_path / "zombie", applied)
+    zombie = world.worker()
+    for _ in range(3):
+        zombie.step()
+    finish(world.worker())
+    with pytest.raises(StaleEpochError, match="taken over by epoch 2"):
+        finish(zombie)
+    assert world.outcome() == expected
+
+
+def test_an_empty_topic_ends_at_once_with_zeros(tmp_path, applied):
+    world = World(tmp_path / "empty", applied, logs={0: []})
+    status = finish(world.worker())
+    assert (status[0]["processed"], status[0]["dead"], status[0]["lag"], status[0]["read"]) == (0, 0, 0, 0)
+
+
+LOCKED = sqlite3.OperationalError("database is locked")
+LOCKED.sqlite_errorcode = sqlite3.SQLITE_BUSY
+
+
+@pytest.mark.parametrize("error", [KafkaError("no broker"), LOCKED, OSError("no space left")])
+def test_what_is_away_is_tried_again_and_nothing_is_lost(undisturbed, tmp_path, applied, error, monkeypatch):
+    monkeypatch.setattr(worker_module, "BACKOFF_S", (0.0, 0.0))
+    expected = undisturbed[0].outcome()
+    world = World(tmp_path / "away", applied)
+    worker = world.worker()
+    for thing, name in ((worker._rejects, "write"), (worker._online, "write")):
+        failures, original = iter([error, error]), getattr(thing, name)
+
+        def failing(*args, failures=failures, original=original):
+            for failure in failures:
+                raise failure
+            return original(*args)
+
+        monkeypatch.setattr(thing, name, failing)
+    finish(worker)
+    assert world.outcome() == expected
+
+
+def test_an_idle_partition_lets_its_values_fall(tmp_path, applied):
+    world = World(tmp_path / "idle", applied, logs={0: [record("ann", 0, 7)]})
+    worker = world.worker()
+    worker._ticking = True
+    worker.step()
+    worker.flush()
+    assert world.store.get_online_features(["activity:edits"], [{"user": "ann"}]).to_dict()["edits"] == [1]
+    world.wall = count(next(world.wall) + 11 * MINUTE_US)
+    for _ in range(20):
+        worker.step()
+    worker.flush()
+    assert world.store.get_online_features(["activity:edits"], [{"user": "ann"}]).to_dict()["edits"] == [0]
+
+
+def test_records_must_be_keyed_by_the_entity():
+    good = batch(0, 0, [record("ann", 0, 1), (b"x", b"{poison"), (None, None), record("bob", 1, None)])
+    check_keys(PLAN, good)
+    for key in (b"other", None):
+        with pytest.raises(WorkerError, match="keyed by user"):
+            check_keys(PLAN, batch(0, 7, [record("ann", 0, 1), (key, record("ann", 0, 1)[1])]))
