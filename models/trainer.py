@@ -201,7 +201,9 @@ class _Worker:
         self._parallel = ray.train.torch.prepare_model(self._network)
         _seed(self._config.seed + 1 + self._rank)
         trained = [parameter for parameter in self._network.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(trained, self._config.learning_rate, weight_decay=self._config.weight_decay)
+        self._optimizer = torch.optim.AdamW(
+            trained, self._config.learning_rate, betas=(0.9, 0.98), weight_decay=self._config.weight_decay
+        )
         self._scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self._optimizer,
             self._config.learning_rate,
@@ -262,9 +264,8 @@ class _Worker:
         ray.train.report({"step": self._step, **self._metrics})
 
     def _report(self, line: Mapping[str, object], metrics: Mapping[str, float]) -> None:
-        assert self._run is not None
         logger.info(json.dumps(line))
-        self._run.log_metrics(metrics, self._step)
+        Run(self._arguments.tracking_uri, self._arguments.run_id).log_metrics(metrics, self._step)
 
     def _save(self) -> None:
         folder = self._store.begin(self._step)

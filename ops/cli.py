@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from ops.environment import Environment
 from ops.layout import Layout, Ports, binaries_folder
+from ops.record import Record
 
 PASSED_ON = {
     "submit": "submit a job: `ray job submit` with the same arguments, on the stack of this home",
@@ -22,6 +24,7 @@ PASSED_ON = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 1 for "no", 2 for an error that is told in one sentence."""
+    warnings.simplefilter("ignore")  # of libraries, about each other: nothing that a user of this command can change
     words = list(sys.argv[1:] if argv is None else argv)
     environment = Environment.read()
     try:
@@ -71,20 +74,21 @@ def _up(arguments: argparse.Namespace, environment: Environment) -> int:
     from ops.stack import ended_by_signals, open_stack
 
     chosen = {port.name: number for port in fields(Ports) if (number := getattr(arguments, f"{port.name}_port"))}
-    stack = open_stack(environment, Ports(**chosen) if chosen else None, _say)
-    with stack.record.exclusively(), ended_by_signals():
-        stack.up()
+    with Record.read(environment.home).exclusively(), ended_by_signals():
+        open_stack(environment, Ports(**chosen) if chosen else None, _say).up()
     return 0
 
 
 def _down(_: argparse.Namespace, environment: Environment) -> int:
     from ops.stack import ended_by_signals, open_stack
 
-    stack = open_stack(environment, say=_say)
-    if not stack.record.parts:
-        _say(f"nothing is up in {environment.home}")
+    if not (record := Record.read(environment.home)).path.is_file():
+        _say(f"nothing was ever started in {environment.home}")
         return 0
-    with stack.record.exclusively(), ended_by_signals():
+    with record.exclusively(), ended_by_signals():
+        stack = open_stack(environment, say=_say)
+        if not stack.record.parts:
+            _say(f"nothing is up in {environment.home}")
         stack.down()
     return 0
 

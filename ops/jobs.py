@@ -66,6 +66,7 @@ def run(main: Callable[[], Mapping[str, object]]) -> NoReturn:
     A user's error is a JobError, or a ValueError that our own code raised; anything else keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("kafka").setLevel(logging.WARNING)  # a dozen lines a connection otherwise
     try:
         result = main()
     except (JobError, ValueError) as error:

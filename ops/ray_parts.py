@@ -130,6 +130,7 @@ class Ray:
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "120",
             "RAY_raylet_start_wait_time_s": "120",  # 30 by default, too few on a busy machine with two cores
             "PYTHONUNBUFFERED": "1",
+            "PYTHONWARNINGS": "ignore",
         }
 
 

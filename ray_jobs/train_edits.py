@@ -11,7 +11,7 @@ from models.tabular import data, train
 from models.tabular.config import TabularConfig
 from ops.configuration import flatten, load
 from ops.environment import Environment
-from ops.jobs import REPOSITORY, parser, run
+from ops.jobs import REPOSITORY, JobError, parser, run
 
 
 def main() -> dict[str, object]:
@@ -25,6 +25,8 @@ def main() -> dict[str, object]:
     environment = Environment.read()
     environment.export()
     config = load(TabularConfig, arguments.config, arguments.overrides)
+    if not (arguments.repo / "feature_store.yaml").is_file():
+        raise JobError(f"There is no feature_store.yaml in {arguments.repo}: give --repo a Feast repository's folder.")
     store = FeatureStore(repo_path=str(arguments.repo))
     splits = data.load(store, config.data, environment.kafka_bootstrap_servers)
     rows = {name: len(getattr(splits, name).labels) for name in data.SPLITS}

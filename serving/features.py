@@ -24,6 +24,8 @@ from serving.errors import bad_request
 
 logger = logging.getLogger(__name__)
 
+WARM_UP_S = 30.0
+
 Floats = npt.NDArray[np.float64]
 Count = Callable[[str, str, int], None]
 
@@ -98,6 +100,7 @@ class FeatureReader:
         self._newest_s = {view.name: _newest_row_s(store, view.name) for view in self._views}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="features")
         self._pending: Future[Lookup] | None = None
+        self._warm_up()
 
     def _find(self, service: str) -> Any:
         known = [each.name for each in self._store.list_feature_services()]
@@ -144,6 +147,18 @@ class FeatureReader:
         name, dtype = next(iter(columns.items()))
         return name, str(dtype).lower().startswith("int")
 
+    def _warm_up(self) -> None:
+        """Open Feast's connections now, for the first request to keep its deadline; a store that is away may return."""
+        try:
+            self._reader.submit(self._ask, [0 if self._integer_key else ""]).result(WARM_UP_S)
+        except Exception as error:
+            logger.warning("the feature store does not answer yet: %s", error or type(error).__name__)
+
+    def _ask(self, keys: Sequence[str | int]) -> Any:
+        return self._store.get_online_features(
+            features=self._service, entity_rows={self._key: list(keys)}, full_feature_names=self._full_names
+        ).proto
+
     def key(self, entity: str) -> str | int:
         """The entity as the store wants it.
 
@@ -180,11 +195,7 @@ class FeatureReader:
 
     def _read(self, entities: list[str]) -> Lookup:
         positions = {entity: position for position, entity in enumerate(dict.fromkeys(entities))}
-        response = self._store.get_online_features(
-            features=self._service,
-            entity_rows={self._key: [self.key(entity) for entity in positions]},
-            full_feature_names=self._full_names,
-        ).proto
+        response = self._ask([self.key(entity) for entity in positions])
         columns = dict(zip(response.metadata.feature_names.val, response.results, strict=True))
         rows = np.array([positions[entity] for entity in entities])
         values: dict[str, Floats] = {}
@@ -246,5 +257,5 @@ def _newest_row_s(store: Any, view: str) -> float:
         return -math.inf
     if newest is None:
         return -math.inf
-    time_of_row = datetime.fromisoformat(newest)
-    return (time_of_row if time_of_row.tzinfo else time_of_row.replace(tzinfo=UTC)).timestamp()
+    # Feast's own reading of its column: local wall time taken for UTC.
+    return datetime.fromtimestamp(newest).replace(tzinfo=UTC).timestamp()  # noqa: DTZ006

@@ -19,7 +19,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": record.getMessage(),
-            **{name: value for name, value in vars(record).items() if name not in STANDARD},
+            **{name: value for name, value in vars(record).items() if name not in STANDARD and name[0] != "_"},
         }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)

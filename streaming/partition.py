@@ -6,6 +6,8 @@ A fresh value belongs to the clock, so it changes in two ways: by an event, or b
 
 import json
 import math
+from collections.abc import Iterator
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,18 +71,25 @@ class Partition:
         return Counters(self._processed, self._dead, self._late, len(self._keys))
 
     def process(self, batch: RecordBatch, now_us: int) -> list[Reject]:
-        """Takes records in offset order; those below `next_offset` are skipped, having been taken before.
+        """Takes the records of all `pieces` and returns those that changed nothing, in offset order."""
+        return [reject for rejects in self.pieces(batch, now_us) for reject in rejects]
+
+    def pieces(self, batch: RecordBatch, now_us: int) -> Iterator[list[Reject]]:
+        """Takes records in offset order, piece by piece; those below `next_offset` were taken before and are skipped.
+
+        A piece ends where the clock enters another pane of the shortest slide. Who emits after each piece gets the
+        features as they were once in every pane, whatever the size of the batches.
 
         Args:
             batch: Of this partition.
             now_us: The wall clock; an event too far ahead of it is dead and does not move the partition clock.
 
-        Returns:
-            The records that changed nothing, in offset order.
+        Yields:
+            The records of the piece that changed nothing, in offset order.
         """
         batch = _from_offset(batch, self.next_offset)
         if len(batch.offsets) == 0:
-            return []
+            return
         columns, rejects = self._decoder.decode(batch)
         future = columns.readable & (columns.times > now_us + self.plan.future_us)
         seen = columns.readable & ~future
@@ -88,20 +97,28 @@ class Partition:
         marks, late = watermarks(columns.times, seen, self.clock_us, self.plan.delay_us, slides)
         ids = self._keys.ids(columns.text, columns.entities, seen & ~late)
         self._reserve(len(self._keys))
-        for ring in self._rings:
-            ring.add(ids, columns.times, marks, columns.values, columns.present)
-        self._due_us[ids[ids >= 0]] = _CHANGED_US
         limit = np.full(len(marks), now_us)
         rejects += _refusals(batch, "dead", future, columns.times, limit, "is from the future: the clock says")
         rejects += _refusals(batch, "late", late, columns.times, marks, "is late: its windows had closed at watermark")
-        if seen.any():
-            self.clock_us = int(marks[-1]) + self.plan.delay_us
-            self._last_event_clock_us, self._last_event_now_us = self.clock_us, now_us
-        self.next_offset = int(batch.offsets[-1]) + 1
-        self._processed += len(batch.offsets)
-        self._late += int(late.sum())
-        self._dead += len(rejects) - int(late.sum())
-        return sorted(rejects, key=lambda reject: reject.offset)
+        rejects.sort(key=lambda reject: reject.offset)
+        panes = (marks + self.plan.delay_us) // slides[0]
+        ends = [*(np.flatnonzero(np.diff(panes)) + 1).tolist(), len(marks)]
+        for start, end in pairwise([0, *ends]):
+            rows = slice(start, end)
+            for ring in self._rings:
+                ring.add(ids[rows], columns.times[rows], marks[rows], columns.values[rows], columns.present[rows])
+            changed = ids[rows]
+            self._due_us[changed[changed >= 0]] = _CHANGED_US
+            if seen[rows].any():
+                self.clock_us = int(marks[end - 1]) + self.plan.delay_us
+                self._last_event_clock_us, self._last_event_now_us = self.clock_us, now_us
+            self.next_offset = int(batch.offsets[end - 1]) + 1
+            refused = list(takewhile(lambda reject: reject.offset < self.next_offset, rejects))
+            del rejects[: len(refused)]
+            self._processed += end - start
+            self._late += int(late[rows].sum())
+            self._dead += len(refused) - int(late[rows].sum())
+            yield refused
 
     def tick(self, now_us: int) -> None:
         """Moves the clock on by the wall-clock time since the last event.

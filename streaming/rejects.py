@@ -1,8 +1,9 @@
 """Records that changed no feature, kept for inspection and repair in `<topic>.dead` and `<topic>.late`.
 
 A reject keeps its key and value and carries the headers `reason`, `view`, `partition` and `offset` (of the source
-topic, decimal text); one with neither key nor value gets an empty value, as the producer needs one of them. After a crash the records since the last checkpoint are read again, so one reject can be written
-twice: a reader keeps the first of each (view, partition, offset).
+topic, decimal text); one with neither key nor value gets an empty value, because a producer needs one of them. After a
+crash the records since the last checkpoint are read again, so one reject can be written twice: a reader keeps the first
+of each (view, partition, offset).
 """
 
 import logging

@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 Row = tuple[bytes, str, bytes, str | None, int, int | None, int]
 TAGS: dict[Any, int] = {Int64: 0x20, Int32: 0x18, Float64: 0x29, Float32: 0x35}
 DTYPES: dict[int, type[np.generic]] = {0x20: np.int64, 0x18: np.int64, 0x29: np.float64, 0x35: np.float32}
-BUSY_MS = 30_000
+BUSY_S = 30.0
+CACHE_KIB = 64_000
 
 
 class OnlineSinkError(ValueError):
@@ -69,12 +70,13 @@ class GuardedSqliteOnlineStore(SqliteOnlineStore):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._conn = sqlite3.connect(
                 path,
-                timeout=BUSY_MS / 1000,
+                timeout=BUSY_S,
                 detect_types=sqlite3.PARSE_DECLTYPES | sqlite3.PARSE_COLNAMES,
                 check_same_thread=False,
             )
             self._conn.execute("PRAGMA journal_mode=WAL")
             self._conn.execute("PRAGMA synchronous=NORMAL")
+            self._conn.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
         return self._conn
 
     def update(
@@ -170,6 +172,8 @@ class OnlineSink:
         self._join_key = self._view.entity_columns[0].name
         self._tags: dict[str, int] = {}
         for field in self._view.features:
+            if field.name == self._join_key:
+                continue  # a StreamFeatureView lists its entity among its features
             if field.dtype not in TAGS:
                 raise OnlineSinkError(
                     f"Feature {field.name!r} of view {view!r} is a {field.dtype}: declare Int64, Int32, Float64 or"
@@ -199,10 +203,11 @@ class OnlineSink:
             keys = entity_keys(self._join_key, newest.entities)
             event_s = _feast_column(newest.event_time_us)
             event_us = newest.event_time_us.tolist()
-            rows = (
+            cells = (
                 zip(keys, repeat(name), values, texts, event_s, repeat(created_s), event_us)
                 for name, (values, texts) in zip(features, columns, strict=True)
             )
+            rows = zip(*cells, strict=True)  # entity by entity: its rows lie on the same page
             self._online.write_rows(self._config, self._view, chain.from_iterable(rows))
         else:
             self._write_protos(newest, features, [values for values, _ in columns])

@@ -263,9 +263,10 @@ class Worker:
             check_keys(self.plan, batch)
             self._keys_to_check -= len(batch.offsets)
         held = self._held[batch.partition]
-        self._refused.extend(held.partition.process(batch, self._wall_us()))
+        for refused in held.partition.pieces(batch, self._wall_us()):
+            self._refused.extend(refused)
+            self._collect(held)
         held.last_record_s = self._monotonic_s()
-        self._collect(held)
 
     def _tick(self) -> None:
         """Let the clock of partitions advance that were read to their end and have been idle for a while."""

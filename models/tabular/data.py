@@ -1,7 +1,7 @@
 """Training rows for a tabular model: entity, time and label from a topic's history, features as of then from Feast.
 
-The features of a row are those that the stream worker had emitted for the entity by the time of the event, found by
-Feast's point-in-time join, so training sees what serving would have seen. Rows are split by entity: nobody whose
+The features of a row are those that the stream worker had emitted for the entity a short delay after the event, found
+by Feast's point-in-time join, so training sees what serving would have seen. Rows are split by entity: nobody whose
 events are trained on is tested on.
 """
 
@@ -102,6 +102,7 @@ def history(bootstrap_servers: str, topic: str) -> Iterator[bytes]:
     Raises:
         DataError: no broker answers there, the topic does not exist or holds nothing, or reading stalls.
     """
+    empty = True
     try:
         consumer = KafkaConsumer(
             bootstrap_servers=bootstrap_servers,
@@ -109,20 +110,19 @@ def history(bootstrap_servers: str, topic: str) -> Iterator[bytes]:
             max_poll_records=10_000,
             bootstrap_timeout_ms=int(CONNECT_S * 1000),
         )
+        try:
+            for number in sorted(consumer.partitions_for_topic(topic) or ()):
+                for value in _partition_history(consumer, TopicPartition(topic, number)):
+                    empty = False
+                    yield value
+        finally:
+            consumer.close()
     except (KafkaError, OSError) as error:
         raise DataError(
             f"Kafka at {bootstrap_servers} does not answer ({type(error).__name__}): start it with `millrace up`."
         ) from None
-    try:
-        empty = True
-        for number in sorted(consumer.partitions_for_topic(topic) or ()):
-            for value in _partition_history(consumer, TopicPartition(topic, number)):
-                empty = False
-                yield value
-        if empty:
-            raise DataError(f"Topic {topic} holds no events: run `millrace simulate wikipedia` first.")
-    finally:
-        consumer.close()
+    if empty:
+        raise DataError(f"Topic {topic} holds no events: run `millrace simulate wikipedia` first.")
 
 
 def _partition_history(consumer: KafkaConsumer, partition: TopicPartition) -> Iterator[bytes]:
@@ -139,6 +139,7 @@ def _partition_history(consumer: KafkaConsumer, partition: TopicPartition) -> It
 def entity_rows(values: Iterable[bytes], entity: str, timestamp: str, config: DataConfig) -> pd.DataFrame:
     """Make one row an event with the columns entity, `event_timestamp` (UTC) and the boolean label, in time order.
 
+    The timestamp is that of the event plus the configured delay: the moment at which a prediction would be asked for.
     A value that is no event with these three fields is left out, as the stream worker leaves it out; repeated events
     of an entity at the same time count once. Sampling is by hash, so equal histories give equal rows.
 
@@ -169,6 +170,7 @@ def entity_rows(values: Iterable[bytes], entity: str, timestamp: str, config: Da
         raise DataError(
             f"Only {len(rows)} events hold {entity}, {timestamp} and {config.label}: at least 100 are needed."
         )
+    rows = rows.assign(event_timestamp=rows["event_timestamp"] + pd.Timedelta(seconds=config.delay_s))
     return rows.drop(columns="lot").sort_values(["event_timestamp", entity], ignore_index=True)
 
 
@@ -190,8 +192,7 @@ def with_features(store: FeatureStore, rows: pd.DataFrame, config: DataConfig, s
     joined[names] = joined[names].astype(np.float64)
     if joined[names].isna().all(axis=None):
         raise DataError(f"None of the {len(rows)} events has features at its time: run the stream worker over them.")
-    order = ["event_timestamp", *rows.columns.drop("event_timestamp")]
-    return joined.sort_values(order[:2], ignore_index=True)
+    return joined.sort_values(["event_timestamp", source.entity], ignore_index=True)
 
 
 def split(rows: pd.DataFrame, entity: str, features: Sequence[str], config: DataConfig) -> Splits:

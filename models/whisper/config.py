@@ -58,7 +58,7 @@ class NetworkConfig(_Section):
     """A Whisper to go on from, or the size of a small one that starts from scratch."""
 
     base: str | None = None
-    """A hub id or a local folder; the sizes below are then its own. None: from scratch, spelling characters."""
+    """A hub id or a local folder; the sizes below are then its own. None: from scratch."""
     lora: LoraConfig | None = None
     width: int = Field(96, ge=8)
     layers: int = Field(2, ge=1)

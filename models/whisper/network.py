@@ -1,14 +1,16 @@
 """The Whisper network, its tokenizer and its features: small and from scratch, or a pretrained base, with adapters."""
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -21,7 +23,8 @@ from transformers import (
 )
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
-CHARACTERS = " 'abcdefghijklmnopqrstuvwxyz"
+CHARACTERS = "'abcdefghijklmnopqrstuvwxyz"
+VOCABULARY = 256
 WINDOW_S = 0.032
 
 
@@ -29,16 +32,26 @@ class NetworkError(ValueError):
     """A base model that can't be loaded or doesn't fit, in one sentence."""
 
 
-def tokenizer(base: str | Path | None) -> PreTrainedTokenizerBase:
-    """The base's own tokenizer, or one that spells: a token a character, others become `<unk>`."""
+def tokenizer(base: str | Path | None, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
+    """The base's own tokenizer, or byte-pair encoding (Sennrich et al., 2016) learnt from texts.
+
+    Words that the texts hold become one token each, as far as `VOCABULARY` goes; other words are spelt with smaller
+    ones, down to the `CHARACTERS`, and what those lack is `<unk>`.
+    """
     if base is not None:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(str(base)))
-    vocabulary = {token: number for number, token in enumerate([PAD, BOS, EOS, UNKNOWN, *CHARACTERS])}
-    spelling = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
-    spelling.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    spelling.decoder = decoders.Fuse()
+    pairs = Tokenizer(BPE(unk_token=UNKNOWN))
+    pairs.pre_tokenizer = pre_tokenizers.Metaspace()
+    pairs.decoder = decoders.Metaspace()
+    learning = BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[PAD, BOS, EOS, UNKNOWN],
+        initial_alphabet=list(CHARACTERS),
+        show_progress=False,
+    )
+    pairs.train_from_iterator(sorted(texts), learning)
     return PreTrainedTokenizerFast(
-        tokenizer_object=spelling, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN
+        tokenizer_object=pairs, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN
     )
 
 

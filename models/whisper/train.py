@@ -49,8 +49,8 @@ class WhisperTask:
 
     @cached_property
     def tokens(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the base, or of characters."""
-        return networks.tokenizer(self.config.network.base)
+        """The tokenizer of the base, or one learnt from the pool's transcripts."""
+        return networks.tokenizer(self.config.network.base, {one.text for one in self.pool})
 
     @cached_property
     def features(self) -> WhisperFeatureExtractor:
@@ -88,9 +88,7 @@ class WhisperTask:
     def batch(self, samples: Sequence[trainer.Sample]) -> Mapping[str, Tensor]:
         """`input_features` float32[B, mel, frames] and `labels` int64[B, T], padded with -100."""
         generators = [np.random.default_rng([self.config.train.seed, *sample]) for sample in samples]
-        drawn = [
-            self._sequences.draw(rng, 1 + epoch) for rng, (epoch, _) in zip(generators, samples, strict=True)
-        ]
+        drawn = [self._sequences.draw(rng, 1 + epoch) for rng, (epoch, _) in zip(generators, samples, strict=True)]
         rate_hz, augment = self.config.data.sample_rate_hz, self.config.augment
         longest = self.config.data.max_seconds * rate_hz
         waves = [disturb(one.wave, augment, rng)[:longest] for one, rng in zip(drawn, generators, strict=True)]

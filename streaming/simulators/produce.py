@@ -34,7 +34,7 @@ class Report:
 
     @property
     def messages_per_s(self) -> float:
-        """Acknowledged messages a second, from the first send to the last acknowledgement."""
+        """Acknowledged messages a second, with the time it took to make them."""
         return self.messages / self.seconds if self.seconds else 0.0
 
 

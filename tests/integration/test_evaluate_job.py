@@ -20,7 +20,7 @@ from ops.configuration import load
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "whisper" / "tiny.yaml"
 OVERRIDES = ("registered_name=whisper-to-evaluate", "data.test_utterances=40", "evaluate.replicates=200")
-TIME_LIMIT_S = 300
+TIME_LIMIT_S = 400
 
 
 def job(arguments: Sequence[str | Path], environ: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -152,6 +152,15 @@ def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 90) 
         time.sleep(0.1)
 
 
+def read(servers: str, topic: str, count: int) -> list:
+    consumer = KafkaConsumer(bootstrap_servers=servers, auto_offset_reset="earliest")
+    consumer.assign([TopicPartition(topic, 0)])
+    found: list = []
+    wait_for(lambda: found.extend(*consumer.poll(timeout_ms=200).values()) or len(found) >= count, topic)
+    consumer.close()
+    return found
+
+
 def test_values_after_sigkill_of_the_worker_equal_brute_force(kafka, ray_local, tmp_path):
     repo, topic = tmp_path / "repo", "killed-edits"
     store = foreign_repo(repo, topic, kafka, "streaming.sinks.GuardedSqliteOnlineStore", integer_key=False)
@@ -231,11 +240,7 @@ def test_the_job_runs_somebody_elses_repository_until_caught_up(kafka, tmp_path)
     assert online(store, sorted(expected)) == expected
     assert newest_offline(repo) == expected
     for kind, count in (("dead", len(POISON)), ("late", len(late))):
-        consumer = KafkaConsumer(bootstrap_servers=kafka, auto_offset_reset="earliest")
-        consumer.assign([TopicPartition(f"{topic}.{kind}", 0)])
-        found = []
-        wait_for(lambda: found.extend(*consumer.poll(timeout_ms=200).values()) or len(found) >= count, kind)
-        consumer.close()
+        found = read(kafka, f"{topic}.{kind}", count)
         assert len({identity(record.headers) for record in found}) == count
         assert all(dict(record.headers)["reason"] for record in found)
     assert datetime.now(UTC) - datetime.fromisoformat(

@@ -39,7 +39,7 @@ def test_every_codec_reads_the_same_as_the_public_path(kafka):
     transactional.init_transactions()
     for commit in (True, False):
         transactional.begin_transaction()
-        for n in range(50):
+        for _ in range(50):
             transactional.send(topic, b"committed" if commit else b"aborted")
         transactional.flush()
         transactional.commit_transaction() if commit else transactional.abort_transaction()

@@ -80,9 +80,7 @@ def test_a_manifest_of_another_format_counts_as_damaged(tmp_path: Path) -> None:
 
 
 @given(data=st.binary(max_size=200))
-def test_no_manifest_whatever_it_holds_breaks_a_recovery(
-    tmp_path_factory: pytest.TempPathFactory, data: bytes
-) -> None:
+def test_no_manifest_whatever_it_holds_breaks_a_recovery(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     folder = tmp_path_factory.mktemp("checkpoints")
     (folder / "step-000000010").mkdir()
     (folder / "step-000000010" / MANIFEST).write_bytes(data)

@@ -39,6 +39,10 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_down_without_a_stack_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["down"]) == 0
+    assert f"nothing was ever started in {home}" in capsys.readouterr().out
+    assert list(home.iterdir()) == []
+    Record.read(home).begin(Layout(home).record())
+    assert cli.main(["down"]) == 0
     assert f"nothing is up in {home}" in capsys.readouterr().out
 
 

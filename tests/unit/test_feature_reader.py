@@ -70,7 +70,9 @@ def reader(store, misses=None, **options):
 
     options = {"clock": "stream", "deadline_s": 30.0, "features": ("count", "mean")} | options
     features = options.pop("features")
-    return FeatureReader(store, "robots", features, count=count, **options)
+    opened = FeatureReader(store, "robots", features, count=count, **options)
+    store.reads.clear()  # the first look-up of all is the reader's own, to open connections
+    return opened
 
 
 def test_one_read_a_batch_with_each_entity_once_in_the_order_of_the_rows():
@@ -110,8 +112,8 @@ def test_by_the_wall_clock_old_history_is_stale():
 def test_a_slow_store_gives_the_defaults_in_time_and_is_not_asked_again_meanwhile():
     misses = Counter()
     store = Store({"a": (100, {"count": 1, "mean": 2})})
-    store.go_on.clear()
     features = reader(store, misses, deadline_s=0.01)
+    store.go_on.clear()
     assert np.isnan(features.read(["a"]).values["count"][0])
     assert np.isnan(features.read(["a", "a"]).values["mean"]).all()
     assert misses == {("activity", "timeout"): 3}

@@ -346,3 +346,14 @@ def test_final_windows_equal_those_of_feast_tiling():
         for _, row in expected[expected["end"] == pd.Timestamp(end, unit="ms")].iterrows():
             assert held[row["user"]] == (row["sum_y"], row["count_y"])
     assert len(expected) > 60
+
+
+def test_pieces_end_where_the_clock_enters_another_pane_so_every_pane_can_be_logged():
+    partition = Partition(plan(delay_ms=0), 0)
+    slide = min(aggregate.slide_us for aggregate in partition.plan.aggregates) // 1000
+    events = [event("a", 1), event("b", 2), event("a", slide + 1), b"{", event("b", 5 * slide), event("a", 5 * slide)]
+    logged = []
+    for rejects in partition.pieces(batch(events), 10 * slide * 1000):
+        emission = partition.emit()
+        logged.append((partition.next_offset, [one.offset for one in rejects], emission.event_time_us.max() // 1000))
+    assert logged == [(2, [], 2), (4, [3], slide + 1), (6, [], 5 * slide)]

@@ -1,5 +1,6 @@
 """`millrace simulate` refuses what it can't do in one sentence and exit code 2, before it sends anything."""
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from ops import simulate
 from ops.environment import Environment
 from ops.ports import free_ports
+from streaming.simulators import wikipedia
 
 
 def environment(data: Path | None = None) -> Environment:
@@ -48,3 +50,9 @@ def test_an_unreachable_broker_is_one_sentence(
 def test_real_edits_are_used_where_they_are_and_else_the_generator(tmp_path: Path) -> None:
     source, events = simulate._events(environment(tmp_path), limit=7, seed=0)
     assert (source, len(list(events))) == ("generated", 7)
+    path = tmp_path / wikipedia.FOLDER / "wikipedia_edits_2015-09-12.jsonl.gz"
+    path.parent.mkdir()
+    lines = [f'{{"time":"2015-09-12T00:00:0{second}Z","user":"a"}}\n' for second in range(5)]
+    path.write_bytes(gzip.compress("".join(lines).encode()))
+    source, events = simulate._events(environment(tmp_path), limit=3, seed=0)
+    assert (source, [event.value.decode() + "\n" for event in events]) == ("real", lines[:3])

@@ -110,9 +110,7 @@ def test_corrupt_recordings_are_skipped_counted_and_logged(
         ({"source": "recordings", "folder": "elsewhere"}, "", "elsewhere/recordings: no recordings"),
     ],
 )
-def test_missing_data_is_one_sentence(
-    data: Path, values: dict[str, object], folder: str | None, message: str
-) -> None:
+def test_missing_data_is_one_sentence(data: Path, values: dict[str, object], folder: str | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
         splits(config(**values), None if folder is None else data / folder)
 

@@ -18,7 +18,9 @@ from models.trainer import TrainConfig, pick
     world_size=st.integers(1, 4),
     seed=st.integers(0, 9),
 )
-def test_ranks_and_restarts_skip_and_repeat_nothing(size: int, batch: int, steps: int, world_size: int, seed: int) -> None:
+def test_ranks_and_restarts_skip_and_repeat_nothing(
+    size: int, batch: int, steps: int, world_size: int, seed: int
+) -> None:
     undisturbed = pick(0, steps * batch, size, seed)
     shared = [
         sample

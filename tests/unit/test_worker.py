@@ -53,7 +53,7 @@ def history(seed: int, users: list[str]) -> list[tuple[bytes | None, bytes | Non
     """20 records of one partition: mostly good, with two poison ones and a late one among them."""
     random = np.random.default_rng(seed)
     records: list[tuple[bytes | None, bytes | None]] = [
-        record(users[random.integers(len(users))], 0.7 * n, int(random.integers(100))) for n in range(20)
+        record(users[random.integers(len(users))], 0.25 * n, int(random.integers(100))) for n in range(20)
     ]
     records[4], records[11], records[16] = (b"x", b"{not json"), (None, None), record(users[0], -30, 5)
     return records
@@ -78,7 +78,7 @@ class Memory:
     def poll(self, timeout_s, max_records):
         for _ in self.at:
             partition = next(self.turn) % len(self.at)
-            rows = self.logs[partition][self.at[partition] : self.at[partition] + 5]
+            rows = self.logs[partition][self.at[partition] : self.at[partition] + 7]
             if rows:
                 self.at[partition] += len(rows)
                 return [batch(partition, self.at[partition] - len(rows), rows)]
@@ -254,10 +254,10 @@ def undisturbed(tmp_path, applied):
 
 def watched_partitions(monkeypatch, steps: Steps) -> None:
     class Watched(Partition):
-        def process(self, *args, **options):
-            rejects = super().process(*args, **options)
-            steps.done("Partition.process")
-            return rejects
+        def pieces(self, *args, **options):
+            for rejects in super().pieces(*args, **options):
+                steps.done("Partition.pieces")
+                yield rejects
 
         def emit(self):
             emission = super().emit()
@@ -300,7 +300,7 @@ def test_a_crash_after_any_step_ends_like_an_undisturbed_run(undisturbed, tmp_pa
     counting = Steps()
     watched_partitions(monkeypatch, counting)
     finish(World(tmp_path / "counting", applied).worker(counting))
-    assert {"Partition.process", "Partition.emit"} <= set(counting.names)
+    assert {"Partition.pieces", "Partition.emit"} <= set(counting.names)
     for crash_after in range(1, len(counting.names) + 1):
         world = World(tmp_path / f"crash{crash_after}", applied)
         steps = Steps(crash_after)
