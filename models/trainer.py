@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,9 +46,9 @@ class TrainConfig(BaseModel):
 
     name: str | None = None
     """Name of the run: one that is unfinished goes on. None: named by a hash of the configuration."""
-    steps: int = Field(1000, ge=1)
-    batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(2e-3, gt=0)
+    steps: int = Field(1200, ge=1)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
     warmup: float = Field(0.1, gt=0, lt=1)
     """Fraction of the steps in which the learning rate rises; then it falls by a cosine."""
     weight_decay: float = Field(0.01, ge=0)
@@ -60,7 +60,7 @@ class TrainConfig(BaseModel):
     max_failures: int = Field(3, ge=-1)
     """How often a group of workers is started again; -1 means always."""
     checkpoint_every: int = Field(100, ge=1)
-    validate_every: int = Field(250, ge=1)
+    validate_every: int = Field(300, ge=1)
     log_every: int = Field(20, ge=1)
     keep: int = Field(2, ge=2)
     """Newest checkpoints that stay, besides the best one."""
@@ -73,14 +73,15 @@ class TrainConfig(BaseModel):
 
 
 class Task(Protocol):
-    """What is trained. It is sent to every worker, so it must be picklable and must not hold a network.
+    """What is trained. It is sent to every worker, so it must be picklable and must not hold a network."""
 
-    `size` is the number of samples of an epoch; `primary` names the metric of `validate` by which the best checkpoint
-    is chosen, the lowest being the best.
-    """
+    @property
+    def size(self) -> int:
+        """Samples of an epoch."""
 
-    size: int
-    primary: str
+    @property
+    def primary(self) -> str:
+        """The metric of `validate` by which the best checkpoint is chosen, the lowest being the best."""
 
     def build(self) -> nn.Module:
         """A new network; the random state is seeded before."""
@@ -132,7 +133,8 @@ def fit(task: Task, config: TrainConfig, *, folder: Path, config_hash: str, trac
     """
     started = time.monotonic()
     arguments = _Arguments(ray.put(task), config, folder, config_hash, tracking_uri, run_id)
-    on_gpus = ray.cluster_resources().get("GPU", 0) >= config.workers
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    on_gpus = resources.get("GPU", 0) >= config.workers
     trainer = ray.train.torch.TorchTrainer(
         _work,
         train_loop_config={"arguments": arguments},
@@ -212,9 +214,8 @@ class _Worker:
             cycle_momentum=False,
         )
         self._step = 0
-        self._best: tuple[float, int] = (float("inf"), 0)
+        self._best: tuple[float, int] = (sys.float_info.max, 0)
         self._metrics: dict[str, float] = {}
-        self._run = Run(arguments.tracking_uri, arguments.run_id) if self._rank == 0 else None
 
     def train(self) -> None:
         """Train from the last sound checkpoint to the last step."""
@@ -230,6 +231,11 @@ class _Worker:
                 self._validate()
             if validated or self._step % self._config.checkpoint_every == 0:
                 self._save()
+
+    @cached_property
+    def _run(self) -> Run:
+        """Opened by rank 0 only, which alone reports."""
+        return Run(self._arguments.tracking_uri, self._arguments.run_id)
 
     def _advance(self) -> float:
         """One step over one global batch; the mean loss of its elements, over all ranks."""
@@ -265,7 +271,7 @@ class _Worker:
 
     def _report(self, line: Mapping[str, object], metrics: Mapping[str, float]) -> None:
         logger.info(json.dumps(line))
-        Run(self._arguments.tracking_uri, self._arguments.run_id).log_metrics(metrics, self._step)
+        self._run.log_metrics(metrics, self._step)
 
     def _save(self) -> None:
         folder = self._store.begin(self._step)

@@ -21,13 +21,13 @@ class DataConfig(_Section):
     split: Literal["recording", "speaker"] = "recording"
     """What train, validation and test never share: the index of a recording, or the person who speaks."""
     sample_rate_hz: int = Field(8000, ge=4000, le=48000)
-    max_seconds: int = Field(4, ge=1, le=30)
+    max_seconds: int = Field(3, ge=1, le=30)
     digits: tuple[int, int] = (2, 5)
     """Fewest and most digits of an utterance."""
-    gap_s: tuple[float, float] = (0.02, 0.2)
+    gap_s: tuple[float, float] = (0.02, 0.15)
     """Shortest and longest silence before, between and after digits."""
-    train_utterances: int = Field(4000, ge=1)
-    """Utterances of an epoch; every epoch concatenates anew."""
+    train_utterances: int = Field(2000, ge=1)
+    """Utterances of an epoch; every epoch concatenates anew, the first ones shorter."""
     validation_utterances: int = Field(100, ge=1)
     test_utterances: int = Field(200, ge=1)
     voices: tuple[str, ...] = ("en-us", "en", "en-us+f2", "en+f4", "en-us+m3", "en+m5", "en-029+f5")
@@ -49,7 +49,7 @@ class LoraConfig(_Section):
     """Low-rank adapters (Hu et al., 2021), merged into the network on export."""
 
     r: int = Field(16, ge=1)
-    alpha: float = 32.0
+    alpha: int = Field(32, ge=1)
     dropout: float = Field(0.05, ge=0, lt=1)
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
@@ -63,10 +63,11 @@ class NetworkConfig(_Section):
     width: int = Field(96, ge=8)
     layers: int = Field(2, ge=1)
     heads: int = Field(4, ge=1)
-    dropout: float = Field(0.1, ge=0, lt=1)
-    mel_bins: int = Field(40, ge=8)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    mel_bins: int = Field(64, ge=8)
+    """Spread over 0 to 8 kHz, as Whisper does: at a sample rate of 8 kHz the upper ones hear nothing."""
     hop_ms: float = Field(20.0, gt=0)
-    """Step between two frames of the spectrogram; the encoder halves their number once more."""
+    """Step between two frames of the spectrogram; the encoder halves their number once more, so it must be even."""
     max_tokens: int = Field(40, ge=4)
     """Longest transcript, in tokens."""
 
@@ -80,13 +81,10 @@ class NetworkConfig(_Section):
 class AugmentConfig(_Section):
     """What is done to training utterances only."""
 
-    speed: float = Field(0.1, ge=0, lt=0.5)
+    speed: float = Field(0.05, ge=0, lt=0.5)
     """Largest relative change of speed."""
     noise_db: float = -45.0
     """Loudest white noise, relative to the utterance's level."""
-    time_mask_s: float = Field(0.15, ge=0)
-    mel_mask: int = Field(6, ge=0)
-    """Longest masked stretch of time and of mel bins (SpecAugment, Park et al., 2019)."""
 
 
 class EvaluateConfig(_Section):

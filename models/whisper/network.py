@@ -50,23 +50,31 @@ def tokenizer(base: str | Path | None, texts: Iterable[str] = ()) -> PreTrainedT
         show_progress=False,
     )
     pairs.train_from_iterator(sorted(texts), learning)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=pairs, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN
-    )
+    special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN}
+    return PreTrainedTokenizerFast(tokenizer_object=pairs, **special)  # type: ignore[no-untyped-call]
 
 
 def extractor(
     base: str | Path | None, sample_rate_hz: int, max_seconds: int, mel_bins: int, hop_ms: float
 ) -> WhisperFeatureExtractor:
-    """The base's log-mel features, or ones of the given sizes; the last three count only without a base."""
+    """The base's log-mel features, or ones of the given sizes, which count only without a base.
+
+    Raises:
+        NetworkError: `max_seconds` doesn't hold an even number of hops, or a hop no whole number of samples.
+    """
     if base is not None:
-        return cast(WhisperFeatureExtractor, WhisperFeatureExtractor.from_pretrained(str(base)))
+        return WhisperFeatureExtractor.from_pretrained(str(base))
+    hop = round(sample_rate_hz * hop_ms / 1000)
+    if hop < 1 or max_seconds * sample_rate_hz % (2 * hop):
+        raise NetworkError(
+            f"network.hop_ms={hop_ms:g} doesn't divide {max_seconds} s into an even number of frames; try 12.5 or 20."
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="At least one mel filter")
-        return WhisperFeatureExtractor(
+        return WhisperFeatureExtractor(  # type: ignore[no-untyped-call]
             feature_size=mel_bins,
             sampling_rate=sample_rate_hz,
-            hop_length=round(sample_rate_hz * hop_ms / 1000),
+            hop_length=hop,
             n_fft=round(sample_rate_hz * WINDOW_S),
             chunk_length=max_seconds,
         )
@@ -105,11 +113,11 @@ def small(
             max_target_positions=max_tokens + 1,
             suppress_tokens=None,
             begin_suppress_tokens=None,
-            init_std=width**-0.5,
+            init_std=width**-0.5,  # with Whisper's own 0.02 so narrow a network doesn't start to learn
             **special,
         )
     )
-    network.generation_config = GenerationConfig(
+    network.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_length=max_tokens, is_multilingual=False, return_timestamps=False, **special
     )
     return network
@@ -122,13 +130,13 @@ def load(folder: str | Path) -> WhisperForConditionalGeneration:
         NetworkError: it can't be found or isn't a Whisper.
     """
     try:
-        return cast(WhisperForConditionalGeneration, WhisperForConditionalGeneration.from_pretrained(str(folder)))
+        return WhisperForConditionalGeneration.from_pretrained(str(folder))
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise NetworkError(f"{folder}: no Whisper can be loaded from this hub id or folder ({reason}).") from None
 
 
-def adapt(network: nn.Module, *, r: int, alpha: float, dropout: float, targets: tuple[str, ...]) -> PeftModel:
+def adapt(network: nn.Module, *, r: int, alpha: int, dropout: float, targets: tuple[str, ...]) -> PeftModel:
     """Freeze a network and add low-rank adapters to the linear layers of these names."""
     # WhisperForConditionalGeneration takes input_features, which no task type of peft passes on.
     config = PeftLoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type=None)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class WhisperPredictor:
         features: WhisperFeatureExtractor,
         device: str = "cpu",
     ) -> None:
-        self._network = network.to(device).eval()
+        self._network = cast(Any, network).to(device).eval()
         self._tokens = tokens
         self._features = features
         self._device = device

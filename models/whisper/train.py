@@ -86,15 +86,17 @@ class WhisperTask:
         return networks.adapt(network, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
 
     def batch(self, samples: Sequence[trainer.Sample]) -> Mapping[str, Tensor]:
-        """`input_features` float32[B, mel, frames] and `labels` int64[B, T], padded with -100."""
+        """`input_features` float32[B, mel, frames] and `labels` int64[B, T], padded with -100.
+
+        The first epoch has single digits, and each one after it a digit more, up to the configured length: a network
+        that first learns what a digit sounds like learns much sooner where in a sequence to listen.
+        """
         generators = [np.random.default_rng([self.config.train.seed, *sample]) for sample in samples]
         drawn = [self._sequences.draw(rng, 1 + epoch) for rng, (epoch, _) in zip(generators, samples, strict=True)]
         rate_hz, augment = self.config.data.sample_rate_hz, self.config.augment
         longest = self.config.data.max_seconds * rate_hz
         waves = [disturb(one.wave, augment, rng)[:longest] for one, rng in zip(drawn, generators, strict=True)]
         mel_BFT = self.features(waves, sampling_rate=rate_hz, return_tensors="pt").input_features
-        for mel_FT, wave, rng in zip(mel_BFT, waves, generators, strict=True):
-            mask(mel_FT, len(wave) / rate_hz, self.features, augment, rng)
         texts = [one.text for one in drawn]
         return {"input_features": mel_BFT, "labels": networks.labels(self.tokens, texts, self._start_token)}
 
@@ -130,21 +132,6 @@ def disturb(wave: NDArray[np.float32], augment: AugmentConfig, rng: np.random.Ge
     faster = np.interp(places, np.arange(len(wave)), wave)
     level = float(np.sqrt(np.mean(np.square(faster)))) * 10 ** ((augment.noise_db - rng.uniform(0, 30)) / 20)
     return np.asarray(faster + rng.normal(0, level, len(faster)), np.float32)
-
-
-def mask(
-    mel_FT: Tensor, seconds: float, features: WhisperFeatureExtractor, augment: AugmentConfig, rng: np.random.Generator
-) -> None:
-    """Set one stretch of time, within the speech, and one of mel bins to the mean (SpecAugment)."""
-    frames_s = features.sampling_rate / features.hop_length
-    speech = max(1, round(seconds * frames_s))
-    average = mel_FT[:, :speech].mean()
-    width = int(rng.integers(0, round(augment.time_mask_s * frames_s) + 1))
-    start = int(rng.integers(0, max(1, speech - width)))
-    mel_FT[:, start : start + width] = average
-    height = int(rng.integers(0, augment.mel_mask + 1))
-    bottom = int(rng.integers(0, max(1, mel_FT.shape[0] - height)))
-    mel_FT[bottom : bottom + height] = average
 
 
 def errors(predictor: WhisperPredictor, utterances: Sequence[Utterance]) -> dict[str, tuple[float, float]]:
@@ -183,7 +170,7 @@ def train(config: WhisperConfig, found: Splits, *, home: Path, tracking_uri: str
         before = _rates(errors(baseline, found.test))
         logger.info(json.dumps({"event": "before training", "run": claim.name, **before}))
         fitted = trainer.fit(
-            task,
+            WhisperTask(config, found.train, found.validation),
             config.train,
             folder=claim.folder,
             config_hash=config_hash,

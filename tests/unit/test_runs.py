@@ -1,40 +1,10 @@
-"""MLflow runs that go on after a restart, and the folders that training runs hold."""
+"""The folders that training runs hold."""
 
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
-from models.runs import RunError, claimed, opened
-
-
-def test_a_restart_goes_on_with_the_same_run_and_logs_no_step_twice(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    client = MlflowClient(uri)
-    with pytest.raises(KeyboardInterrupt), opened(uri, "speech", "first") as run:
-        run.log_params({f"p{number}": number for number in range(150)})
-        run.log_metrics({"loss": 3.0}, 10)
-        run.log_metrics({"loss": 2.0, "bad": float("nan")}, 20)
-        raise KeyboardInterrupt
-    assert client.get_run(run.id).info.status == "FAILED"
-    with opened(uri, "speech", "first", run.id) as again:
-        again.log_params({"p1": "changed", "fresh": 1})
-        again.log_metrics({"loss": 2.0}, 20)
-        again.log_metrics({"loss": 1.0}, 30)
-    assert again.id == run.id
-    found = client.get_run(run.id)
-    assert found.info.status == "FINISHED"
-    assert found.data.params["p1"] == "1"
-    assert len(found.data.params) == 151
-    assert [(one.step, one.value) for one in client.get_metric_history(run.id, "loss")] == [(10, 3), (20, 2), (30, 1)]
-    assert "bad" not in found.data.metrics
-    assert found.data.tags["git.revision"]
-    assert Path(found.info.artifact_uri.removeprefix("file://")).is_relative_to(tmp_path / "artifacts")
-
-
-def test_an_unknown_run_id_starts_a_new_run(tmp_path: Path) -> None:
-    with opened(f"sqlite:///{tmp_path / 'mlflow.db'}", "speech", "run", "0" * 32) as run:
-        assert run.id != "0" * 32
+from models.runs import RunError, claimed
 
 
 def test_an_unfinished_name_goes_on_and_a_finished_one_starts_afresh(tmp_path: Path) -> None:

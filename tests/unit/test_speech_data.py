@@ -23,7 +23,7 @@ from models.whisper.data import (
     utterance_features,
     write_features,
 )
-from models.whisper.speech import Spoken, SpeechError, synthesise
+from models.whisper.speech import SpeechError, Spoken, synthesise
 
 RATE_HZ = 8000
 
