@@ -1,0 +1,1 @@
+"""What is trained: one harness, one folder a task, one registry."""

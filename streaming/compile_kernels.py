@@ -25,6 +25,7 @@ def compile_all() -> None:
     from streaming.partition import Partition
     from streaming.plan import Aggregate, Column, Plan
     from streaming.records import RecordBatch
+    from streaming.wire import parse_records
 
     record = b'{"entity": 1, "time": "1970-01-01T00:00:00Z", "amount": 1.5}'
     count = 100  # enough for the hash table to grow, which has a kernel of its own
@@ -50,6 +51,8 @@ def compile_all() -> None:
     partition = Partition(plan, 0)
     partition.process(batch, now_us=0)
     partition.emit()
+    nothing, spans = np.empty(0, dtype=np.int64), np.empty((0, 2), dtype=np.int64)
+    parse_records(batch.buffer, 0, 0, 0, nothing, nothing.copy(), spans, spans.copy())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import prometheus_client.values  # noqa: F401 (before Feast, as in serving/__init__.py)
 import pytest
 
 OURS = ("MILLRACE_", "RAY_", "KAFKA_BOOTSTRAP_SERVERS", "MLFLOW_TRACKING_URI")
