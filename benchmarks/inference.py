@@ -42,7 +42,7 @@ def main() -> None:
         trained = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True)
         wer = json.loads(trained.stdout.splitlines()[-1])["wer_after"]
         recordings = requests.utterances(REPOSITORY / CONFIG, environment.data, 64)
-        with ray_session(environment):
+        with ray_session():
             rates = {size: _serve(size, recordings) for size in (1, BATCH, 1, BATCH)}
     write(
         "inference",

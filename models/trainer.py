@@ -61,7 +61,7 @@ class TrainConfig(BaseModel):
     """How often a group of workers is started again; -1 means always."""
     checkpoint_every: int = Field(100, ge=1)
     validate_every: int = Field(300, ge=1)
-    log_every: int = Field(20, ge=1)
+    log_every: int = Field(50, ge=1)
     keep: int = Field(2, ge=2)
     """Newest checkpoints that stay, besides the best one."""
 

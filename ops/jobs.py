@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from ops.environment import Environment
 from ops.layout import REPOSITORY
+
+RAY_TRIES = 4
 
 
 class JobError(Exception):
@@ -32,7 +33,7 @@ def parser(description: str, config: str | None = None) -> argparse.ArgumentPars
 
 
 @contextmanager
-def ray_session(environment: Environment, num_cpus: int | None = None) -> Iterator[None]:
+def ray_session() -> Iterator[None]:
     """Join the cluster that runs this job or, outside of one, start a Ray on this machine for as long as it takes.
 
     A submitted job finds the cluster's address in RAY_ADDRESS; an activated shell has the dashboard's there instead.
@@ -51,13 +52,30 @@ def ray_session(environment: Environment, num_cpus: int | None = None) -> Iterat
     if inside_cluster:
         ray.init(log_to_driver=True)
     else:
-        environment.home.mkdir(parents=True, exist_ok=True)
-        cpus = num_cpus or max(4, os.cpu_count() or 1)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False)
+        start_ray(num_cpus=max(4, os.cpu_count() or 1))
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def start_ray(num_cpus: int, folder: str | None = None) -> None:
+    """Start a Ray on this machine; a busy machine gets several tries, since Ray gives its node 30 s and no more.
+
+    Raises:
+        JobError: it did not start in RAY_TRIES tries.
+    """
+    import ray
+
+    for attempt in range(1, RAY_TRIES + 1):
+        try:
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _temp_dir=folder)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if type(error) is not Exception or attempt == RAY_TRIES:  # what Ray raises when its node is not there yet
+                raise JobError(f"Ray did not start on this machine in {attempt} tries: {error}") from error
+            logging.getLogger(__name__).warning("Ray did not start in time on this busy machine, trying again")
 
 
 def run(main: Callable[[], Mapping[str, object]]) -> NoReturn:

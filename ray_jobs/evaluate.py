@@ -76,7 +76,7 @@ def _speech(arguments: argparse.Namespace, environment: Environment) -> tuple[Ev
     from models.whisper.config import WhisperConfig
 
     config = load(WhisperConfig, arguments.config, arguments.overrides)
-    with ray_session(environment):
+    with ray_session():
         evaluation = speech.evaluate(
             config, environment.data, arguments.repo, environment.tracking_uri, environment.home / "models"
         )

@@ -44,7 +44,7 @@ def main() -> dict[str, object]:
         until_caught_up=args.until_caught_up,
         bootstrap_servers=environment.kafka_bootstrap_servers,
     )
-    with ray_session(environment):
+    with ray_session():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: supervisor.stop())
         return {"views": supervisor.run()}

@@ -23,7 +23,7 @@ def main() -> dict[str, object]:
     config = load(WhisperConfig, arguments.config, arguments.overrides)
     found = data.splits(config.data, environment.data)
     data.write_features(found, environment.home / "features" / "offline" / "utterance_audio")
-    with ray_session(environment):
+    with ray_session():
         return train(config, found, home=environment.home, tracking_uri=environment.tracking_uri)
 
 

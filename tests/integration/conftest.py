@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ops.broker import Broker
+from ops.jobs import start_ray
 from ops.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,7 @@ def ray_local() -> Iterator[None]:
     import ray
 
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # noqa: S108 (a socket path holds 107 characters)
-    ray.init(num_cpus=6, include_dashboard=False, _temp_dir=folder, log_to_driver=True)
+    start_ray(num_cpus=6, folder=folder)
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

@@ -14,10 +14,21 @@ from models.whisper.config import AugmentConfig, WhisperConfig
 from models.whisper.data import Utterance
 from models.whisper.predict import Transcript, WhisperPredictor
 from models.whisper.train import WhisperTask, disturb, errors
+from ops.configuration import load
 
 RATE_HZ = 8000
+CONFIGS = Path(__file__).parents[2] / "configs" / "whisper"
 SMALL = {"width": 16, "layers": 1, "heads": 2, "mel_bins": 20, "max_tokens": 12, "dropout": 0.0}
 DATA = {"max_seconds": 1, "digits": [1, 2], "train_utterances": 50}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_builds(path: Path) -> None:
+    config = load(WhisperConfig, path)
+    one = WhisperTask(config, (utterance("one"), utterance("two", 900.0)), ())
+    frames = one.batch([(0, 0)])["input_features"].shape[-1]
+    assert frames == one.features.nb_max_frames
+    assert sum(parameter.numel() for parameter in one.build().parameters()) > 0
 
 
 def utterance(text: str, hz: float = 300.0) -> Utterance:
