@@ -45,5 +45,6 @@ class Environment:
         (self.home / "mlflow").mkdir(parents=True, exist_ok=True)
         os.environ["MILLRACE_HOME"] = str(self.home)
         os.environ["MLFLOW_TRACKING_URI"] = self.tracking_uri
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         if self.kafka_bootstrap_servers:
             os.environ["KAFKA_BOOTSTRAP_SERVERS"] = self.kafka_bootstrap_servers

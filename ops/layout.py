@@ -141,6 +141,7 @@ class Layout:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token_file),
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
         }
 
     def shell(self) -> str:
