@@ -41,14 +41,22 @@ def ray_local() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A sqlite tracking address, migrated once; artifacts go beside the database."""
+def migrated_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without a run, made once because its migrations take long."""
     from mlflow.tracking import MlflowClient
 
     folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    MlflowClient(uri).create_experiment("millrace", artifact_location=(folder / "artifacts").as_uri())
-    return uri
+    database = folder / "mlflow.db"
+    MlflowClient(f"sqlite:///{database}").create_experiment("millrace", artifact_location=(folder / "runs").as_uri())
+    return database
+
+
+@pytest.fixture(scope="module")
+def mlflow_uri(migrated_mlflow: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A sqlite tracking address of the module's own, so that no test sees the models that another one registered."""
+    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    shutil.copy(migrated_mlflow, database)
+    return f"sqlite:///{database}"
 
 
 @pytest.fixture
