@@ -2,10 +2,10 @@
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ PASSED_ON = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 1 for "no", 2 for an error that is told in one sentence."""
-    warnings.simplefilter("ignore")  # of libraries, about each other: nothing that a user of this command can change
+    _silence_warnings()
     words = list(sys.argv[1:] if argv is None else argv)
     environment = Environment.read()
     try:
@@ -153,6 +153,14 @@ def lag_lines(status: Path) -> list[str]:
 def _is_told(error: Exception) -> bool:
     """Whether the error was raised as a sentence for users: our own errors, not those of a library or of a slip."""
     return type(error).__module__.split(".")[0] in ("ops", "streaming", "models", "serving", "evaluation")
+
+
+def _silence_warnings() -> None:
+    """Warnings are of libraries, about each other; they change the filters too, so what they say goes to no handler."""
+    logging.captureWarnings(True)
+    logger = logging.getLogger("py.warnings")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
 
 
 def _say(line: str) -> None:
