@@ -186,13 +186,13 @@ def _stream(shell: Shell, narrator: Narrator, layout: Layout) -> None:
 
 
 def _caught_up(layout: Layout, messages: int) -> dict[str, int]:
-    """Wait until the worker has accounted for every message; returns its counts."""
+    """Wait until every message is accounted for and its rows are in the log, which a checkpoint says; returns counts."""
     deadline_s = time.monotonic() + CAUGHT_UP_S
     while time.monotonic() < deadline_s:
         report = json.loads(layout.stream_status.read_text())
         partitions = report["views"].get("editor_activity", {}).values()
         counts = {name: sum(row[name] for row in partitions) for name in ("processed", "dead", "late")}
-        if sum(counts.values()) >= messages:
+        if sum(counts.values()) >= messages and all(row["offset"] == row["end"] for row in partitions):
             return counts
         time.sleep(0.2)
     raise DemoError(f"the stream worker did not catch up in {CAUGHT_UP_S:.0f} s; its log is {layout.log('stream')}.")
