@@ -186,7 +186,7 @@ def _stream(shell: Shell, narrator: Narrator, layout: Layout) -> None:
 
 
 def _caught_up(layout: Layout, messages: int) -> dict[str, int]:
-    """Wait until every message is accounted for and its rows are in the log, which a checkpoint says; returns counts."""
+    """Wait until every message is accounted for and its rows are in the log, as a checkpoint says; returns counts."""
     deadline_s = time.monotonic() + CAUGHT_UP_S
     while time.monotonic() < deadline_s:
         report = json.loads(layout.stream_status.read_text())
