@@ -106,12 +106,14 @@ def _job(home: Path) -> Iterator[None]:
 
 
 def _rows(status: Path) -> list[dict[str, str]]:
-    return list(json.loads(status.read_text())["views"]["editor_activity"].values())
+    """What the worker last said of each partition; nothing while it has said nothing."""
+    report = json.loads(status.read_text()) if status.exists() else {"views": {}}
+    return list(report["views"].get("editor_activity", {}).values())
 
 
 def _wait_for(status: Path, since: datetime) -> None:
     deadline = time.monotonic() + 120
-    while not (status.exists() and all(datetime.fromisoformat(row["heartbeat"]) > since for row in _rows(status))):
+    while not (rows := _rows(status)) or any(datetime.fromisoformat(row["heartbeat"]) < since for row in rows):
         if time.monotonic() > deadline:
             raise TimeoutError(f"the stream job did not start in 120 s; see {status.parent.parent / 'job.log'}")
         time.sleep(0.2)
