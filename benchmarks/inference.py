@@ -43,7 +43,7 @@ def main() -> None:
         wer = json.loads(trained.stdout.splitlines()[-1])["wer_after"]
         recordings = requests.utterances(REPOSITORY / CONFIG, environment.data, 64)
         with ray_session():
-            rates = {size: _serve(size, recordings) for size in (1, BATCH, 1, BATCH)}
+            rates = {size: _serve(size, recordings) for size in (1, BATCH, 1, BATCH)}  # the second turn counts
     write(
         "inference",
         [
