@@ -15,10 +15,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 EVERYWHERE = "0.0.0.0"  # noqa: S104 (only with MILLRACE_API_KEYS, see Layout.serve_host)
 
 
-class LayoutError(ValueError):
-    """There is no stack to lay out."""
-
-
 @dataclass(frozen=True)
 class Ports:
     """The ports that a user may want to know or to change; Ray's inner ones are any that are free."""
@@ -64,13 +60,6 @@ class Layout:
         """Lay out the stack that was started with what `record` returned."""
         ports = Ports(**recorded["ports"])
         return cls(home, ports, recorded["external_kafka"], recorded["external_mlflow"], api_keys)
-
-    @classmethod
-    def recorded(cls, home: Path) -> "Layout":
-        """Return the layout that the stack of `home` was last started with; `LayoutError` if there never was one."""
-        if not (layout := Record.read(home).layout):
-            raise LayoutError(f"no stack was ever started in {home}; run `millrace up`")
-        return cls.from_record(home, layout)
 
     @classmethod
     def current(cls, environment: Environment) -> "Layout":
