@@ -11,7 +11,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from streaming.plan import ColumnType, Plan
+from streaming.keys import hash_texts
+from streaming.plan import Column, Plan
 from streaming.records import Bools, Bytes, Floats, Ints, RecordBatch, Reject
 from streaming.scan import BOOLEAN, INTEGER, MAX_EPOCH_MS, MIN_EPOCH_MS, REAL, STRING, TIME, scan_values
 
@@ -36,11 +37,11 @@ class RecordError(ValueError):
 
 
 class Record(NamedTuple):
-    """What a plan reads of one record: the entity's bytes, microseconds, and one value or None a column."""
+    """What a plan reads of one record: the entity's bytes, microseconds, and one value, text or None a column."""
 
     entity: bytes
     time_us: int
-    values: tuple[float | None, ...]
+    values: tuple[float | bytes | None, ...]
 
 
 class Columns(NamedTuple):
@@ -51,8 +52,9 @@ class Columns(NamedTuple):
         times: [N] microseconds since 1970 UTC.
         text: Bytes of the entities.
         entities: [N, 2] spans into `text`; an int64 entity is its 8 bytes, little end first.
-        values: [N, C] in the order of `Plan.columns`; 0.0 where not present, a string column 0.0 always.
+        values: [N, C] in the order of `Plan.columns`; 0.0 where not present, and for a string of role number or text.
         present: [N, C] false where null or missing.
+        texts: [N, T, 2] spans into `text` of the columns of role text, in their order.
     """
 
     readable: Bools
@@ -61,6 +63,7 @@ class Columns(NamedTuple):
     entities: Ints
     values: Floats
     present: Bools
+    texts: Ints
 
 
 class Decoder:
@@ -69,13 +72,28 @@ class Decoder:
     def __init__(self, plan: Plan) -> None:
         key_kind = STRING if plan.entity_type == "string" else INTEGER
         keys = (plan.entity, plan.timestamp)
-        names = [name.encode() for name in keys]
-        names += [_UNMATCHED if column.name in keys else column.name.encode() for column in plan.columns]
+        fields: list[str] = []
         self._plan = plan
+        self._copied: list[tuple[int, int]] = []  # one field in a second role: from which column to which
+        for at, column in enumerate(plan.columns):
+            if column.name in fields:
+                self._copied.append((fields.index(column.name), at))
+            fields.append(column.name)
+        shadowed = {at for _, at in self._copied} | {at for at, name in enumerate(fields) if name in keys}
+        names = [name.encode() for name in keys]
+        names += [_UNMATCHED if at in shadowed else name.encode() for at, name in enumerate(fields)]
         self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
         self._name_starts = np.cumsum([0, *map(len, names)], dtype=np.int64)
         self._kinds = np.array([key_kind, TIME, *(_KINDS[column.type] for column in plan.columns)], dtype=np.int64)
         self._limits = np.array([_limits(kind) for kind in ("bigint", "bigint", *(c.type for c in plan.columns))])
+        texts = {c.name: at for at, c in reversed(list(enumerate(plan.columns))) if c.role != "number"}
+        self._written = set(texts.values())  # of each text the first column that needs it
+        slots = [at if name in texts and at not in shadowed else -1 for at, name in enumerate(fields)]
+        self._slots = np.array([-1, -1, *(sorted(set(slots) - {-1}).index(s) if s >= 0 else -1 for s in slots)])
+        self._scanned = self._slots.copy()
+        for source, at in self._copied:
+            self._slots[2 + at] = self._slots[2 + source]
+        self._roles = [column.role for column in plan.columns]
         self._keys = [at for at, column in enumerate(plan.columns) if column.name in keys]
         self._required = [at for at, column in enumerate(plan.columns) if not column.nullable]
 
@@ -86,14 +104,18 @@ class Decoder:
         text = np.empty(int(lengths.sum()) + 8 * count, dtype=np.uint8)
         times = np.zeros(count, dtype=np.int64)
         entities = np.zeros((count, 2), dtype=np.int64)
+        texts = np.zeros((count, int(self._slots.max(initial=-1)) + 1, 2), dtype=np.int64)
         values = np.zeros((count, columns), dtype=np.float64)
         present = np.zeros((count, columns), dtype=np.bool_)
         referred = np.zeros(count, dtype=np.bool_)
-        fields = (self._names, self._name_starts, self._kinds, self._limits)
+        fields = (self._names, self._name_starts, self._kinds, self._limits, self._scanned)
         buffer, spans = _frozen(batch.buffer), _frozen(batch.values)
-        used = scan_values(buffer, spans, *fields, times, text, entities, values, present, referred)
+        used = scan_values(buffer, spans, *fields, times, text, entities, texts, values, present, referred)
+        for source, at in self._copied:
+            present[:, at] = present[:, source]
         present[:, self._keys] = True
-        referred |= ~present[:, self._required].all(axis=1)
+        if self._required:
+            referred |= ~present[:, self._required].all(axis=1)
         rejects: list[Reject] = []
         for row in np.flatnonzero(referred).tolist():
             try:
@@ -104,14 +126,35 @@ class Decoder:
                     Reject("dead", batch.partition, offset, str(error), batch.key(row), batch.value(row)),
                 )
                 continue
-            entities[row] = used, used + len(record.entity)
-            text[used : used + len(record.entity)] = np.frombuffer(record.entity, dtype=np.uint8)
-            used += len(record.entity)
+            used = _write(text, used, record.entity, entities[row])
             times[row] = record.time_us
-            values[row] = [0.0 if value is None else value for value in record.values]
-            present[row] = [value is not None for value in record.values]
+            for at, value in enumerate(record.values):
+                present[row, at] = value is not None
+                values[row, at] = value if isinstance(value, float) else 0.0
+                if at in self._written and isinstance(value, bytes):
+                    used = _write(text, used, value, texts[row, self._slots[2 + at]])
             referred[row] = False
-        return Columns(~referred, times, text, entities, values, present), rejects
+        return self._in_roles(Columns(~referred, times, text, entities, values, present, texts)), rejects
+
+    def _in_roles(self, columns: Columns) -> Columns:
+        """Hashes what is to be hashed, and leaves of the texts those that are asked for."""
+        texts = []
+        for at, wanted in enumerate(self._roles):
+            if wanted == "number":
+                continue
+            spans = columns.texts[:, self._slots[2 + at]]
+            if wanted == "text":
+                texts.append(spans)
+            else:
+                columns.values[:, at] = np.where(columns.present[:, at], hash_texts(columns.text, spans), 0.0)
+        empty = np.zeros((len(columns.times), 0, 2), dtype=np.int64)
+        return columns._replace(texts=np.stack(texts, axis=1) if texts else empty)
+
+
+def _write(text: Bytes, at: int, data: bytes, span: Ints) -> int:
+    span[:] = at, at + len(data)
+    text[at : at + len(data)] = np.frombuffer(data, dtype=np.uint8)
+    return at + len(data)
 
 
 def read_record(plan: Plan, value: bytes | None) -> Record:
@@ -127,14 +170,14 @@ def read_record(plan: Plan, value: bytes | None) -> Record:
     else:
         key = _integer(plan.entity, entity, "bigint").to_bytes(8, "little", signed=True)
     time_us = _time_us(plan.timestamp, _field(fields, plan.timestamp))
-    values: list[float | None] = []
+    values: list[float | bytes | None] = []
     for column in plan.columns:
         if column.name in (plan.entity, plan.timestamp):
             values.append(0.0)
         elif column.nullable and fields.get(column.name) is None:
             values.append(None)
         else:
-            values.append(_column_value(column.name, _field(fields, column.name), column.type))
+            values.append(_column_value(column, _field(fields, column.name)))
     return Record(key, time_us, tuple(values))
 
 
@@ -183,9 +226,12 @@ def _integer(name: str, value: object, kind: str) -> int:
     return value
 
 
-def _column_value(name: str, value: object, kind: ColumnType) -> float:
+def _column_value(column: Column, value: object) -> float | bytes:
+    name, kind = column.name, column.type
     match kind:
         case "string":
+            if column.role != "number":
+                return _text(name, value)
             if not isinstance(value, str):
                 raise _wrong_type(name, value, kind)
             return 0.0

@@ -5,16 +5,18 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from streaming.compile_kernels import kernel
 from streaming.memory import address, byte, word
 from streaming.plan import EntityType
-from streaming.records import Bools, Bytes, Ints
+from streaming.records import Bools, Bytes, Floats, Ints
 
 T = TypeVar("T", bound=np.generic)
 
 _EMPTY = -1
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
+_FINAL_PRIME = np.uint64(0xFF51AFD7ED558CCD)
 _HALF = np.uint64(32)
 _POSITIVE = np.uint64(0x7FFFFFFFFFFFFFFF)
 
@@ -51,17 +53,36 @@ class KeyIndex:
         buffers = [None, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(text)]
         return pa.Array.from_buffers(pa.string(), len(ids), buffers)
 
-    def state(self) -> tuple[Bytes, Ints]:
-        """The bytes of all entities and where each starts ([K + 1]), for `restored`."""
-        starts = self._starts[: self._count + 1]
-        return self._text[: starts[-1]], starts
+    def lookup(self, ids: Ints) -> pa.Array:
+        """The texts of some ids as strings, null for -1."""
+        missing = ids < 0
+        texts = self.entities(np.where(missing, 0, ids), "string") if self._count else pa.nulls(len(ids), pa.string())
+        return pc.if_else(pa.array(missing), pa.scalar(None, pa.string()), texts)
 
-    @classmethod
-    def restored(cls, text: Bytes, starts: Ints) -> "KeyIndex":
-        """The index that gave this `state`."""
-        index = cls()
+    @property
+    def nbytes(self) -> int:
+        """Memory that the index takes."""
+        return self._text.nbytes + self._starts.nbytes + self._slots.nbytes
+
+    def state(self, first: int = 0) -> tuple[Bytes, Ints]:
+        """The bytes of the entities from `first` on and where each starts in them ([K + 1]), for `extend`."""
+        starts = self._starts[first : self._count + 1]
+        return self._text[starts[0] : starts[-1]], starts - starts[0]
+
+    def extend(self, text: Bytes, starts: Ints) -> None:
+        """Adds the entities of a `state`, none of which is known."""
         spans = np.stack([starts[:-1], starts[1:]], axis=1)
-        index.ids(text, spans, np.ones(len(spans), dtype=np.bool_))
+        self.ids(text.copy(), spans, np.ones(len(spans), dtype=np.bool_))
+
+    def kept(self, ids: Ints) -> "KeyIndex":
+        """An index of some entities, which become 0, 1, ... in this order."""
+        index = KeyIndex()
+        lengths = self._starts[ids + 1] - self._starts[ids]
+        offsets = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        text = np.empty(offsets[-1], dtype=np.uint8)
+        _gather(self._text, self._starts, ids, offsets, text)
+        index.extend(text, offsets)
         return index
 
     def _reserve(self, more: int, more_bytes: int) -> None:
@@ -99,7 +120,19 @@ def _hash(start: int, end: int) -> int:
             code ^= code >> _HALF
         code = (code ^ word(end - 8)) * _PRIME
     code ^= code >> _HALF
+    code *= _FINAL_PRIME  # spreads the last bytes, which sit in the highest bits, over those that choose the slot
+    code ^= code >> _HALF
     return int(code & _POSITIVE)
+
+
+@kernel
+def hash_texts(text: Bytes, spans: Ints) -> Floats:
+    """A hash of each span [N, 2], an integer below 2**53, so that it is exact as a float."""
+    hashes = np.empty(len(spans))
+    base = address(text)
+    for row in range(len(spans)):
+        hashes[row] = _hash(base + spans[row, 0], base + spans[row, 1]) >> 10
+    return hashes
 
 
 @kernel

@@ -53,13 +53,17 @@ class Reject(NamedTuple):
 
 
 class Emission(NamedTuple):
-    """One row an entity: its features as they stand at the partition clock.
+    """Features of entities at moments of event time.
+
+    Fresh ones stand at the clock and name each entity once. Final ones stand at the ends of windows: an entity that
+    has passed several is there several times, in rising order of time.
 
     Attributes:
-        entities: string or int64 [N], each entity once.
-        event_time_us: int64 [N], the clock at which the values hold.
+        entities: string or int64 [N].
+        event_time_us: int64 [N], the moment at which the values hold.
         features: N rows in one chunk, one column an aggregate in the order of `Plan.aggregates`:
-            count int64 (0 when the window is empty), sum float64 (0.0), mean float64 (null).
+            count and count_distinct int64 (0 when the window is empty), sum float64 (0.0), first and last of a string
+            column string, top_k list of strings (empty), all others float64; null where the window is empty.
     """
 
     entities: pa.Array

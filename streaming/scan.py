@@ -47,9 +47,11 @@ def scan_values(
     name_starts: Ints,
     kinds: Ints,
     limits: Ints,
+    slots: Ints,
     times: Ints,
     text: Bytes,
     entities: Ints,
+    texts: Ints,
     values: Floats,
     present: Bools,
     referred: Bools,
@@ -63,9 +65,11 @@ def scan_values(
         name_starts: [F + 1] where each name starts in `names`.
         kinds: [F] INTEGER, REAL, BOOLEAN, STRING or TIME.
         limits: [F, 2] smallest and largest INTEGER.
+        slots: [F] which of `texts` takes a STRING, -1 where only its presence counts.
         times: [N] out, microseconds since 1970 UTC.
-        text: Out, the entities' bytes; as long as all values and 8 bytes a record together.
+        text: Out, the bytes of entities and texts; as long as all values and 8 bytes a record together.
         entities: [N, 2] out, spans into `text`; an INTEGER entity is 8 bytes, little end first.
+        texts: [N, T, 2] out, spans into `text`, empty where not present.
         values: [N, C] out, 0.0 where not present.
         present: [N, C] out.
         referred: [N] out, true where the plain reader must look.
@@ -81,16 +85,18 @@ def scan_values(
         if spans[row, 0] >= 0:
             seen[:] = False
             start, stop, time = base + spans[row, 0], base + spans[row, 1], times[row : row + 1]
-            end = _scan_record(start, stop, names, name_starts, kinds, limits, seen, time, text, used, values[row])
+            fields = (names, name_starts, kinds, limits, slots)
+            end = _scan_record(start, stop, *fields, seen, time, text, used, entities[row], texts[row], values[row])
         referred[row] = end < 0 or not (seen[0] and seen[1])
         if referred[row]:
             continue
-        entities[row, 0], entities[row, 1] = used, end
         used = end
         for column in range(len(kinds) - 2):
             present[row, column] = seen[column + 2]
             if not seen[column + 2]:
                 values[row, column] = 0.0
+                if slots[column + 2] >= 0:
+                    texts[row, slots[column + 2]] = 0
     return used
 
 
@@ -102,14 +108,19 @@ def _scan_record(
     name_starts: Ints,
     kinds: Ints,
     limits: Ints,
+    slots: Ints,
     seen: Bools,
     time: Ints,
     text: Bytes,
-    entity: int,
+    used: int,
+    entity: Ints,
+    texts: Ints,
     values: Floats,
 ) -> int:
-    """Reads one object; returns the end of its entity's bytes, which start at `entity` in `text`, or -1 (referred)."""
-    entity_end = entity
+    """Reads one object, whose text goes to `text` from `used`; returns the end of that, or -1 (referred)."""
+    integer_at = used
+    if kinds[0] != STRING:
+        used += 8
     i = skip_space(i, end)
     if i >= end or byte(i) != OPEN_OBJECT:
         return FAILED
@@ -121,10 +132,10 @@ def _scan_record(
         if close < 0:
             return FAILED
         if escaped:
-            name_end = unescape(i + 1, close, text, entity_end)
+            name_end = unescape(i + 1, close, text, used)
             if name_end < 0:
                 return FAILED
-            field = _match(address(text) + entity_end, address(text) + name_end, names, name_starts)
+            field = _match(address(text) + used, address(text) + name_end, names, name_starts)
         else:
             field = _match(i + 1, close, names, name_starts)
         i = skip_space(close + 1, end)
@@ -141,8 +152,13 @@ def _scan_record(
         else:
             seen[field] = True
             kind = kinds[field]
-            if field == 0:
-                i, entity_end = _read_entity(i, end, kind, text, entity)
+            if kind == STRING and (field == 0 or slots[field] >= 0):
+                span = entity if field == 0 else texts[slots[field]]
+                span[0] = used
+                i, used = _read_text(i, end, text, used)
+                span[1] = used
+            elif field == 0:
+                i = _read_integer_entity(i, end, text, integer_at, entity)
             elif kind == TIME:
                 i, time[0] = _read_time(i, end)
             elif kind == STRING:
@@ -153,7 +169,7 @@ def _scan_record(
             return FAILED
         i = skip_space(i, end)
         if i < end and byte(i) == CLOSE_OBJECT and skip_space(i + 1, end) == end:
-            return entity_end
+            return used
         if i >= end or byte(i) != COMMA:
             return FAILED
 
@@ -197,30 +213,35 @@ def _read_number(i: int, end: int, kind: int, lowest: int, highest: int) -> tupl
 
 
 @kernel
-def _read_entity(i: int, end: int, kind: int, text: Bytes, at: int) -> tuple[int, int]:
-    """Writes the entity at i to `text` from `at`: the index after it (-1: referred), and the end of its bytes."""
-    if kind == STRING:
-        if byte(i) != QUOTE:
-            return FAILED, at
-        close, escaped = string_end(i + 1, end)
-        if close < 0:
-            return FAILED, at
-        if escaped:
-            text_end = unescape(i + 1, close, text, at)
-            return (close + 1 if text_end >= 0 else FAILED), text_end
-        for k in range(i + 1, close):
-            text[at] = byte(k)
-            at += 1
-        return close + 1, at
-    if byte(i) != MINUS and not 48 <= byte(i) <= 57:
+def _read_text(i: int, end: int, text: Bytes, at: int) -> tuple[int, int]:
+    """Writes the string at i to `text` from `at`: the index after it (-1: referred), and the end of its bytes."""
+    if byte(i) != QUOTE:
         return FAILED, at
+    close, escaped = string_end(i + 1, end)
+    if close < 0:
+        return FAILED, at
+    if escaped:
+        text_end = unescape(i + 1, close, text, at)
+        return (close + 1 if text_end >= 0 else FAILED), text_end
+    for k in range(i + 1, close):
+        text[at] = byte(k)
+        at += 1
+    return close + 1, at
+
+
+@kernel
+def _read_integer_entity(i: int, end: int, text: Bytes, at: int, entity: Ints) -> int:
+    """Writes the integer at i to 8 bytes of `text` from `at`: the index after it (-1: referred)."""
+    if byte(i) != MINUS and not 48 <= byte(i) <= 57:
+        return FAILED
     i, integer, negative, mantissa, digits, _ = number(i, end)
     if i < 0 or not integer or digits > 18:
-        return FAILED, at
-    entity = -mantissa if negative else mantissa
+        return FAILED
+    value = -mantissa if negative else mantissa
     for k in range(8):
-        text[at + k] = entity >> 8 * k & 0xFF
-    return i, at + 8
+        text[at + k] = value >> 8 * k & 0xFF
+    entity[0], entity[1] = at, at + 8
+    return i
 
 
 @kernel

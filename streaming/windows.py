@@ -1,188 +1,336 @@
-"""Windowed aggregates in panes: one partial aggregate per entity, column and slide, windows as merges of panes.
+"""Time windows in panes: one partial aggregate per entity, column and slide, windows as merges of panes.
 
-All windows of one slide share a ring of panes as wide as the slide. A pane holds what any mergeable aggregate of the
-ring needs (now the count and the sum of each column); it is filled in offset order and panes are merged from the oldest
-on, each window for itself and never by subtraction, so that results do not depend on how the records were batched.
+All windows of one slide share a ring of panes as wide as the slide. A pane is filled in offset order and panes are
+merged from the oldest on, each window for itself and never by subtraction, so that results do not depend on how the
+records were batched. A lifetime is a window of one pane that never ends.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from streaming import partials
 from streaming.compile_kernels import kernel
-from streaming.plan import Plan
+from streaming.partials import Estimates, Operations
+from streaming.plan import Aggregate
 from streaming.records import Bools, Floats, Ints
+from streaming.sketches import Pools, empty_pools, reserve, restored
 
 NEVER_US = 1 << 62
 
 T = TypeVar("T", bound=np.generic)
 
 _NO_PANE = -(1 << 62)
-_COUNT, _SUM = 0, 1
 
 
-class Window(NamedTuple):
-    """One column over the last `panes` panes."""
+class Reading(NamedTuple):
+    """Where an aggregate finds its values in the output of `merge`: the column of its count and that of itself."""
 
-    column: int
-    panes: int
+    counts: int
+    values: int
+
+
+class Outputs(NamedTuple):
+    """What merged windows give: simple operations as cells, then what is read from sketches.
+
+    Attributes:
+        windows: [W, 4] first and last + 1 operation, panes, first column of the output.
+        estimates: What is read from sketches.
+        width: Columns of the output.
+        readings: For each aggregate.
+    """
+
+    windows: Ints
+    estimates: Estimates
+    width: int
+    readings: tuple[Reading, ...]
+
+
+def outputs(layout: partials.Layout, needs: Sequence[tuple[int, Aggregate]], panes: Sequence[int]) -> Outputs:
+    """The outputs for aggregates, each with its column of the plan and its panes; equal windows are shared."""
+    windows: dict[tuple[int, int], tuple[int, int, int, int]] = {}
+    width = 0
+    for (column, _), length in zip(needs, panes, strict=True):
+        if (column, length) not in windows:
+            first, end = layout.range_of(column)
+            windows[column, length] = (first, end, length, width)
+            width += _cells(layout, first, end)
+    readings, rows = [], []
+    for (column, aggregate), length in zip(needs, panes, strict=True):
+        first, _, _, out = windows[column, length]
+        count, cell = layout.at(column, aggregate)
+        if aggregate.quantile is None and aggregate.top is None and aggregate.function != "count_distinct":
+            readings.append(Reading(out, out + cell - count))
+            continue
+        number = int(np.flatnonzero(layout.operations.cells == cell)[0])
+        rows.append((number, list(windows).index((column, length)), aggregate.quantile or 0.0, width))
+        readings.append(Reading(out, width))
+        width += aggregate.top or 1
+    return Outputs(np.array(list(windows.values())), partials.estimates(rows), width, tuple(readings))
+
+
+def _cells(layout: partials.Layout, first: int, end: int) -> int:
+    starts = [*layout.operations.cells.tolist(), layout.size]
+    return int(starts[end] - starts[first])
 
 
 class PaneRing:
-    """The panes of one slide: an array [K, P, C, 2] over entities, a ring of panes, columns, and count and sum.
+    """The panes of one slide: an array [K, P * S] over entities, a ring of P panes and their S cells.
 
     Pane p covers [p * slide, (p + 1) * slide) of event time and lies at p modulo P; `newest` holds an entity's highest
-    p so far, and whatever lies more than P - 1 below it is gone. P is the longest window: a pane that no fresh window
-    can reach any more is not kept. Counts are held as floats, exact to 2**53, so that a pane is one piece of memory.
+    p so far, and whatever lies more than P - 1 below it is gone.
+
+    Args:
+        aggregates: Those of one slide, each with its column of the plan; lifetime ones have slide 0.
+        lateness_us: For how long after the watermark a pane still takes events.
+        history_us: How far the moments of `merge` may lie behind the newest event.
+        final: Moments of `merge` are ends of windows that do not hold the pane that starts there.
     """
 
-    def __init__(self, slide_us: int, windows: tuple[Window, ...]) -> None:
-        self.slide_us = slide_us
-        self.windows = windows
-        columns = sorted({window.column for window in windows})
-        panes = max(window.panes for window in windows)
-        self._columns = np.array(columns, dtype=np.int64)
-        self._windows = np.array([(columns.index(column), panes) for column, panes in windows], dtype=np.int64)
+    def __init__(
+        self, aggregates: Sequence[tuple[int, Aggregate]], lateness_us: int, history_us: int, final: bool
+    ) -> None:
+        self.slide_us = aggregates[0][1].slide_us
+        self._lateness_us = lateness_us
+        self._shift = int(final)
+        lengths = [aggregate.window_us // self.slide_us if self.slide_us else 1 for _, aggregate in aggregates]
+        self._layout = partials.layout(aggregates)
+        self._outputs = outputs(self._layout, aggregates, lengths)
+        self.readings = self._outputs.readings
+        self._size = max(lengths) + (-(-history_us // self.slide_us) + self._shift if self.slide_us else 0)
+        self._pools = empty_pools(self._layout.top_k)
         self._newest = np.zeros(0, dtype=np.int64)
-        self._cells = np.zeros((0, panes, len(columns), 2), dtype=np.float64)
+        self._cells = np.zeros(0)
+
+    @property
+    def incremental(self) -> bool:
+        """Whether the rows of an entity are its whole state, which sketches in pools are not."""
+        return not any(self._layout.blocks)
 
     def reserve(self, keys: int) -> None:
         """Makes room for `keys` entities; arrays grow by doubling."""
         if keys > len(self._newest):
             keys = max(keys, 2 * len(self._newest))
-            self._newest = _grown(self._newest, keys, _NO_PANE)
-            self._cells = _grown(self._cells, keys, 0)
+            self._newest = grown(self._newest, keys, _NO_PANE)
+            self._cells = grown(self._cells, keys * self._size * self._layout.size, 0)
 
-    def add(self, ids: Ints, times: Ints, watermarks: Ints, values: Floats, present: Bools) -> None:
-        """Adds N events in order, but for those of id -1 and those whose pane the watermark [N] has closed."""
-        _add(ids, times, watermarks, values, present, self._columns, self.slide_us, self._newest, self._cells)
+    def bytes_per_key(self) -> int:
+        """Memory that one entity takes, sketches not counted."""
+        return 8 + 8 * self._size * self._layout.size
 
-    def merge(self, ids: Ints, clock_us: int, due_us: Ints) -> tuple[Ints, Floats]:
-        """Counts and sums [M, W] of the windows that are fresh at the clock; lowers `due_us` of these entities.
+    def pool_bytes(self) -> int:
+        """Memory of the sketches."""
+        return sum(array.nbytes for array in self._pools)
 
-        `due_us` [K] becomes at most the time at which the first pane that counts leaves one of the windows.
+    def closed(self, times: Ints, marks: Ints) -> Bools:
+        """Which events [N] come after the pane that they belong to is closed."""
+        if not self.slide_us:
+            return np.zeros(len(times), dtype=np.bool_)
+        closed: Bools = (times // self.slide_us + 1) * self.slide_us + self._lateness_us <= marks
+        return closed
+
+    def add(self, ids: Ints, times: Ints, marks: Ints, values: Floats, present: Bools, due_us: Ints) -> None:
+        """Adds N events in order, but for those of id -1 and those whose pane the watermark [N] has closed.
+
+        For final windows `due_us` [K] becomes at most the end of each event's pane.
         """
-        counts = np.zeros((len(ids), len(self._windows)), dtype=np.int64)
-        sums = np.zeros((len(ids), len(self._windows)), dtype=np.float64)
-        current = clock_us // self.slide_us
-        _merge(ids, current, self.slide_us, self._windows, self._newest, self._cells, due_us, counts, sums)
-        return counts, sums
+        layout = self._layout
+        if any(layout.blocks):
+            one, two, three = (len(ids) * blocks for blocks in layout.blocks)
+            self._pools = reserve(self._pools, (one, two, three))
+        _add(
+            ids,
+            times,
+            marks - self._lateness_us,
+            values,
+            present,
+            self.slide_us,
+            self._size,
+            layout.size,
+            layout.operations,
+            any(layout.blocks),
+            self._pools,
+            self._newest,
+            self._cells,
+            due_us[: self._shift * len(due_us)],
+        )
 
-    def state(self, keys: int) -> tuple[Ints, Floats]:
-        """The arrays of the first `keys` entities, for `restore`."""
-        return self._newest[:keys], self._cells[:keys]
+    def merge(self, ids: Ints, moments_us: Ints, due_us: Ints) -> Floats:
+        """The outputs [M, O] of the windows that hold at a moment [M] each; lowers `due_us` of these entities.
 
-    def restore(self, newest: Ints, cells: Floats) -> None:
-        """Takes the arrays of `state`; they are copied."""
-        self._newest, self._cells = newest.copy(), cells.copy()
+        `due_us` [K] becomes at most the next moment at which one of the windows gains or loses a pane.
+        """
+        out = np.zeros((len(ids), self._outputs.width))
+        currents = moments_us // self.slide_us - self._shift if self.slide_us else np.zeros_like(moments_us)
+        layout, wanted = self._layout, self._outputs
+        arguments = (ids, currents, wanted.windows, self._size, layout.size, layout.operations)
+        _merge(*arguments, self.slide_us, self._shift, self._newest, self._cells, due_us, out)
+        if len(wanted.estimates.outs):
+            _estimate(*arguments, wanted.estimates, self._pools, self._newest, self._cells, out)
+        return out
+
+    def empty(self, keys: int, mark_us: int) -> Bools:
+        """Which of the first `keys` entities hold nothing that a window from this watermark on could read."""
+        if not self.slide_us:
+            empty: Bools = self._newest[:keys] == _NO_PANE
+        else:
+            empty = self._newest[:keys] + self._size < mark_us // self.slide_us
+        return empty
+
+    def keep(self, ids: Ints) -> None:
+        """Forgets all entities but those of `ids`, which become 0, 1, ... in this order."""
+        width = self._size * self._layout.size
+        cells = self._cells.reshape(-1, width)
+        if any(self._layout.blocks):
+            gone = np.setdiff1d(np.arange(len(cells)), ids)
+            _clear_all(gone, self._size, self._layout.size, self._layout.operations, self._pools, self._cells)
+        self._newest, self._cells = self._newest[ids], cells[ids].reshape(-1)
+
+    def state(self, ids: Ints | slice) -> list[npt.NDArray[Any]]:
+        """The arrays of some entities, and of the sketches where there are any, for `restore`."""
+        width = self._size * self._layout.size
+        rows: list[npt.NDArray[Any]] = [self._newest[ids], self._cells.reshape(-1, width)[ids]]
+        return rows if self.incremental else [*rows, *self._pools]
+
+    def restore(self, ids: Ints | slice, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        """Takes the arrays of `state` for these entities, for which there is room; they are copied."""
+        width = self._size * self._layout.size
+        self._newest[ids] = arrays[0]
+        self._cells.reshape(-1, width)[ids] = arrays[1]
+        if not self.incremental:
+            self._pools = restored(arrays[2:])
 
 
-class Slot(NamedTuple):
-    """Where an aggregate finds its count and sum: a ring and one of its windows."""
-
-    ring: int
-    window: int
-
-
-def rings(plan: Plan) -> tuple[list[PaneRing], list[Slot]]:
-    """One ring for each slide of a plan, shortest first, and where each aggregate lies; equal windows are shared."""
-    names = [column.name for column in plan.columns]
-    windows: dict[int, list[Window]] = {slide_us: [] for slide_us in sorted(a.slide_us for a in plan.aggregates)}
-    slots = []
-    for aggregate in plan.aggregates:
-        window = Window(names.index(aggregate.column), aggregate.window_us // aggregate.slide_us)
-        shared = windows[aggregate.slide_us]
-        if window not in shared:
-            shared.append(window)
-        slots.append(Slot(list(windows).index(aggregate.slide_us), shared.index(window)))
-    return [PaneRing(slide_us, tuple(shared)) for slide_us, shared in windows.items()], slots
-
-
-def watermarks(times: Ints, wanted: Bools, clock_us: int, delay_us: int, slides: Iterable[int]) -> tuple[Ints, Bools]:
-    """The watermark [N] at each wanted event, and which of them are late: every pane they belong to is closed.
-
-    The clock starts at `clock_us` and moves to each wanted event's time that is higher; the watermark follows by
-    `delay_us`. An event moves the clock also where it is late, which cannot raise it.
-    """
-    clocks = np.maximum.accumulate(np.where(wanted, np.maximum(times, clock_us), clock_us))
-    marks = clocks - delay_us
-    late = wanted.copy()
-    for slide_us in slides:
-        late &= (times // slide_us + 1) * slide_us <= marks
-    return marks, late
-
-
-def _grown(array: npt.NDArray[T], keys: int, fill: int) -> npt.NDArray[T]:
-    grown = np.zeros((keys, *array.shape[1:]), dtype=array.dtype)
-    grown[: len(array)] = array
-    grown[len(array) :] = fill
-    return grown
+def grown(array: npt.NDArray[T], rows: int, fill: int) -> npt.NDArray[T]:
+    """A copy with so many rows, the new ones filled."""
+    larger = np.zeros((rows, *array.shape[1:]), dtype=array.dtype)
+    larger[: len(array)] = array
+    if fill:
+        larger[len(array) :] = fill
+    return larger
 
 
 @kernel
 def _add(
     ids: Ints,
     times: Ints,
-    marks: Ints,
+    closed_us: Ints,
     values: Floats,
     present: Bools,
-    columns: Ints,
     slide_us: int,
+    panes: int,
+    size: int,
+    operations: Operations,
+    has_sketches: bool,
+    pools: Pools,
     newest: Ints,
     cells: Floats,
+    due_us: Ints,
 ) -> None:
-    size = cells.shape[1]
+    start, end, pane, slot = 0, 0, 0, 0
+    if slide_us == 0:
+        start, end = -NEVER_US, NEVER_US
     for row in range(len(ids)):
-        key = ids[row]
+        key, time = ids[row], times[row]
         if key < 0:
             continue
-        pane = times[row] // slide_us
-        if (pane + 1) * slide_us <= marks[row] or pane <= newest[key] - size:
+        if not start <= time < end:
+            pane = time // slide_us
+            slot = pane % panes
+            start = pane * slide_us
+            end = start + slide_us
+        if end <= closed_us[row] or pane <= newest[key] - panes:
             continue
-        slot = pane % size
         if pane > newest[key]:
             cleared = slot
-            for _ in range(min(pane - newest[key], size)):
-                cells[key, cleared] = 0.0
-                cleared = cleared - 1 if cleared > 0 else size - 1
+            for _ in range(min(pane - newest[key], panes)):
+                partials.clear(cells, (key * panes + cleared) * size, size, operations, pools, has_sketches)
+                cleared = cleared - 1 if cleared > 0 else panes - 1
             newest[key] = pane
-        for at in range(len(columns)):
-            if present[row, columns[at]]:
-                cells[key, slot, at, _COUNT] += 1.0
-                cells[key, slot, at, _SUM] += values[row, columns[at]]
+        base = (key * panes + slot) * size
+        partials.update(cells, base, operations, pools, time, values[row], present[row])
+        if len(due_us):
+            due_us[key] = min(due_us[key], end)
 
 
 @kernel
 def _merge(
     ids: Ints,
-    current: int,
-    slide_us: int,
+    currents: Ints,
     windows: Ints,
+    panes: int,
+    size: int,
+    operations: Operations,
+    slide_us: int,
+    shift: int,
     newest: Ints,
     cells: Floats,
     due_us: Ints,
-    count_out: Ints,
-    sum_out: Floats,
+    out: Floats,
 ) -> None:
-    size = cells.shape[1]
+    flat = out.reshape(-1)
     for row in range(len(ids)):
-        key = ids[row]
+        key, current = ids[row], currents[row]
+        change = NEVER_US
         for window in range(len(windows)):
-            column, panes = windows[window, 0], windows[window, 1]
-            count, total, oldest = 0.0, 0.0, _NO_PANE
-            first = max(current - panes, newest[key] - size) + 1
-            slot = first % size
+            first_operation, end_operation, length = windows[window, 0], windows[window, 1], windows[window, 2]
+            count_at = operations.counts[first_operation]
+            to = row * out.shape[1] + windows[window, 3] + count_at
+            first = max(current - length, newest[key] - panes) + 1
+            slot = first % panes
+            found = False
+            for pane in range(first, newest[key] + 1):
+                base = (key * panes + slot) * size
+                slot = slot + 1 if slot + 1 < panes else 0
+                if cells[base + count_at] == 0.0:
+                    continue
+                if pane > current:
+                    change = min(change, pane)
+                    break
+                partials.combine(flat, to - count_at, cells, base, operations, first_operation, end_operation, count_at)
+                if not found:
+                    found = True
+                    change = min(change, pane + length)
+        if change < NEVER_US and slide_us > 0:
+            due_us[key] = min(due_us[key], (change + shift) * slide_us)
+
+
+@kernel
+def _estimate(
+    ids: Ints,
+    currents: Ints,
+    windows: Ints,
+    panes: int,
+    size: int,
+    operations: Operations,
+    estimates: Estimates,
+    pools: Pools,
+    newest: Ints,
+    cells: Floats,
+    out: Floats,
+) -> None:
+    blocks = np.empty(panes, dtype=np.int64)
+    ends = np.append(estimates.outs[1:], out.shape[1])
+    for row in range(len(ids)):
+        key, current = ids[row], currents[row]
+        for number in range(len(estimates.outs)):
+            window, operation = estimates.windows[number], estimates.operations[number]
+            found = 0
+            first = max(current - windows[window, 2], newest[key] - panes) + 1
             for pane in range(first, min(current, newest[key]) + 1):
-                here = cells[key, slot, column, _COUNT]
-                if here > 0.0:
-                    count += here
-                    total += cells[key, slot, column, _SUM]
-                    if oldest == _NO_PANE:
-                        oldest = pane
-                slot = slot + 1 if slot + 1 < size else 0
-            count_out[row, window] = int(count)
-            sum_out[row, window] = total
-            if oldest != _NO_PANE:
-                due_us[key] = min(due_us[key], (oldest + panes) * slide_us)
+                block = int(cells[(key * panes + pane % panes) * size + operations.cells[operation]])
+                if block > 0:
+                    blocks[found] = block
+                    found += 1
+            kind = operations.sketch_kinds[operation]
+            to = out[row, estimates.outs[number] : ends[number]]
+            partials.estimate(pools, kind, blocks[:found], estimates.quantiles[number], to)
+
+
+@kernel
+def _clear_all(ids: Ints, panes: int, size: int, operations: Operations, pools: Pools, cells: Floats) -> None:
+    for key in ids:
+        for slot in range(panes):
+            partials.clear(cells, (key * panes + slot) * size, size, operations, pools, True)

@@ -77,7 +77,11 @@ def test_fingerprint_changes_with_the_state_only():
     ("declared", "sentence"),
     [
         (Aggregation(column="added", function="median", time_window=HOUR), "must be one of count, sum, mean"),
-        (Aggregation(column="added", function="sum"), "give it a time_window"),
+        (Aggregation(column="added", function="decayed_mean"), "the half-life"),
+        (
+            Aggregation(column="added", function="top_3", time_window=HOUR),
+            "declared bigint, which is not one of string",
+        ),
         (
             Aggregation(column="added", function="sum", time_window=HOUR, slide_interval=7 * MINUTE),
             "must divide the window",
