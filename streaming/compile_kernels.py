@@ -1,11 +1,14 @@
 """How the numba kernels are compiled: lazily by `kernel`, or all at once by `python -m streaming.compile_kernels`.
 
-The machine code is cached beside the sources: a worker started after this command loads it in about two seconds of CPU
+The machine code is cached beside the sources, a folder for each version of them: a worker started after this command loads it in about two seconds of CPU
 instead of compiling for twenty-five.
 """
 
+import functools
+import hashlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
 import numba
@@ -17,7 +20,21 @@ R = TypeVar("R")
 
 def kernel(function: Callable[P, R]) -> Callable[P, R]:
     """Compiles a function on its first call and keeps the machine code on disk; floating point stays exact."""
+    _keep_apart_from_other_versions()
     return cast(Callable[P, R], numba.njit(cache=True, nogil=True)(function))
+
+
+@functools.cache
+def _keep_apart_from_other_versions() -> None:
+    """Names the cache after all sources: numba renews a kernel when its own file changes, not one that it calls."""
+    folder = Path(__file__).parent
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
+    numba.config.CACHE_DIR = str(folder / "__pycache__" / f"kernels-{sources[:16]}")
+
+
+def inlined(function: Callable[P, R]) -> Callable[P, R]:
+    """A kernel that becomes part of those that call it: passing many arrays costs more than what it does."""
+    return cast(Callable[P, R], numba.njit(inline="always")(function))
 
 
 def compile_all() -> None:

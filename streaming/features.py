@@ -24,8 +24,7 @@ def column(plan: Plan, aggregate: Aggregate, reading: Reading, out: Floats, text
     counts, values = out[:, reading.counts], out[:, reading.values]
     empty = counts == 0.0
     index = texts.get(plan.column_of(aggregate))
-    if aggregate.top is not None:
-        assert index is not None
+    if aggregate.top is not None and index is not None:
         return _lists(out[:, reading.values : reading.values + aggregate.top], index)
     match aggregate.function:
         case "count":

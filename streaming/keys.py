@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from streaming.compile_kernels import kernel
-from streaming.memory import address, byte, word
+from streaming.memory import address, byte, prefetch, word
 from streaming.plan import EntityType
 from streaming.records import Bools, Bytes, Floats, Ints
 
@@ -18,6 +18,7 @@ _EMPTY = -1
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _FINAL_PRIME = np.uint64(0xFF51AFD7ED558CCD)
 _HALF = np.uint64(32)
+_AHEAD = 8
 _POSITIVE = np.uint64(0x7FFFFFFFFFFFFFFF)
 
 
@@ -154,12 +155,25 @@ def _assign(
     text: Bytes, spans: Ints, wanted: Bools, known: Bytes, starts: Ints, slots: Ints, count: int, ids: Ints
 ) -> int:
     mask = len(slots) - 1
-    base, known_base = address(text), address(known)
-    for row in range(len(spans)):
-        if not wanted[row]:
+    base, known_base, slots_base, starts_base = address(text), address(known), address(slots), address(starts)
+    hashes, guesses = np.empty(len(spans), dtype=np.int64), np.empty(len(spans), dtype=np.int64)
+    for ahead in range(len(spans) + 3 * _AHEAD):
+        # Three steps that each wait for memory are begun for later rows: the slot, where its text starts, the text.
+        row = ahead
+        if row < len(spans) and wanted[row]:
+            hashes[row] = _hash(base + spans[row, 0], base + spans[row, 1]) & mask
+            prefetch(slots_base + 8 * hashes[row])
+        row -= _AHEAD
+        if 0 <= row < len(spans) and wanted[row]:
+            guesses[row] = max(slots[hashes[row]], 0)
+            prefetch(starts_base + 8 * guesses[row])
+        row -= _AHEAD
+        if 0 <= row < len(spans) and wanted[row]:
+            prefetch(known_base + starts[guesses[row]])
+        row -= _AHEAD
+        if row < 0 or not wanted[row]:
             continue
-        start, length = spans[row, 0], spans[row, 1] - spans[row, 0]
-        slot = _hash(base + start, base + start + length) & mask
+        start, length, slot = spans[row, 0], spans[row, 1] - spans[row, 0], hashes[row]
         while slots[slot] != _EMPTY:
             first = starts[slots[slot]]
             if starts[slots[slot] + 1] - first == length and _equal(known_base + first, base + start, length):

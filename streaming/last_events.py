@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from streaming import partials
 from streaming.compile_kernels import kernel
-from streaming.partials import Estimates, Operations
+from streaming.partials import CELL, COUNT_CELL, SKETCH, Estimates
 from streaming.plan import Aggregate
 from streaming.records import Bools, Floats, Ints
 from streaming.sketches import Pools, empty_pools, reserve
@@ -32,7 +32,7 @@ class LastEvents:
         self._layout = partials.layout(aggregates)
         self._outputs = outputs(self._layout, aggregates, [1] * len(aggregates))
         self.readings = self._outputs.readings
-        self._width = 1 + max(self._layout.columns)
+        self._width = 1 + max(self._layout.ranges)
         self._pools = reserve(empty_pools(self._layout.top_k), self._layout.blocks)
         self._counts = np.zeros(0, dtype=np.int64)
         self._times = np.zeros((0, self._size), dtype=np.int64)
@@ -133,7 +133,7 @@ def _merge(
     ids: Ints,
     windows: Ints,
     size: int,
-    operations: Operations,
+    operations: Ints,
     has_sketches: bool,
     estimates: Estimates,
     pools: Pools,
@@ -150,15 +150,17 @@ def _merge(
     for row in range(len(ids)):
         key = ids[row]
         for at in range(counts[key]):
-            partials.update(cells, 0, operations, pools, times[key, at], values[key, at], present[key, at])
+            partials.update(cells, 0, operations, times[key, at], values[key], present[key], at)
+            if has_sketches:
+                partials.update_sketches(cells, 0, operations, pools, values[key], present[key], at)
         for window in range(len(windows)):
             first, end = windows[window, 0], windows[window, 1]
             to = row * out.shape[1] + windows[window, 3]
-            partials.combine(flat, to, cells, 0, operations, first, end, operations.counts[first])
+            partials.combine(flat, to, cells, 0, operations, first, end, operations[first, COUNT_CELL])
         for number in range(len(estimates.outs)):
             operation = estimates.operations[number]
-            block[0] = int(cells[operations.cells[operation]])
+            block[0] = int(cells[operations[operation, CELL]])
             to_estimate = out[row, estimates.outs[number] : ends[number]]
-            kind = operations.sketch_kinds[operation]
+            kind = operations[operation, SKETCH]
             partials.estimate(pools, kind, block[block > 0], estimates.quantiles[number], to_estimate)
         partials.clear(cells, 0, size, operations, pools, has_sketches)

@@ -1,6 +1,6 @@
 """Reading bytes by address in compiled code: single instructions that numba has no name for.
 
-They do not check bounds; only the scanner uses them, behind its own checks. On a machine with the other byte order
+They do not check bounds: whoever uses them does. On a machine with the other byte order
 `first_byte` would count from the wrong end; numba runs on none.
 """
 
@@ -46,9 +46,23 @@ def _count_zero_bytes(context: Any, bits: Any) -> Any:
     return types.int64(types.uint64), generate
 
 
+def _prefetch(context: Any, i: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer_type, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function_type = ir.FunctionType(ir.VoidType(), [pointer_type, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch.p0", fnty=function_type)
+        pointer = builder.inttoptr(arguments[0], pointer_type)
+        builder.call(function, [pointer, ir.Constant(number, 1), ir.Constant(number, 3), ir.Constant(number, 1)])
+        return context.get_dummy_value()
+
+    return types.none(types.int64), generate
+
+
 #: The byte at an address.
 byte = cast(Callable[[int], int], intrinsic(_load_byte))
 #: The 8 bytes at an address, the first one lowest.
 word = cast(Callable[[int], np.uint64], intrinsic(_load_word))
 #: The number (0 to 7) of the lowest byte that is not zero of a word that is not zero.
 first_byte = cast(Callable[[np.uint64], int], intrinsic(_count_zero_bytes))
+#: Asks for the memory at an address, which is written soon; any address will do.
+prefetch = cast(Callable[[int], None], intrinsic(_prefetch))

@@ -11,12 +11,17 @@ from typing import NamedTuple
 import numpy as np
 
 from streaming import sketches
-from streaming.compile_kernels import kernel
+from streaming.compile_kernels import inlined, kernel
 from streaming.plan import Aggregate
 from streaming.records import Bools, Floats, Ints
 from streaming.sketches import Pools
 
 COUNT, SUM, MIN, MAX, MOMENTS, FIRST, LAST, DECAYED, DISTINCT, QUANTILES, TOP = range(11)
+
+# The operations of a frame are an array [F, 6], those of one column side by side: what it is, the column of the plan,
+# its first cell in a pane, the cell with the count of its column, the kind of its sketch or -1, its half-life.
+# (One array: taking an array out of a tuple costs a kernel more than reading it.)
+CODE, COLUMN, CELL, COUNT_CELL, SKETCH, HALF_LIFE_US = range(6)
 
 _CELLS = {
     COUNT: 1,
@@ -47,101 +52,62 @@ _OPERATIONS = {
 _SKETCH_KINDS = {DISTINCT: sketches.HLL, QUANTILES: sketches.DIGEST, TOP: sketches.TOP}
 
 
-class Operations(NamedTuple):
-    """The F operations of a frame, those of one column side by side, as arrays for kernels.
-
-    Attributes:
-        codes: [F] COUNT, SUM, ...
-        columns: [F] the column of the plan.
-        cells: [F] the first cell in a pane.
-        counts: [F] the cell with the count of its column.
-        half_lives: [F] microseconds, for DECAYED.
-        sketch_kinds: [F] kind of the pool, -1 where the operation has none.
-        ranges: [C, 2] first and last + 1 operation of each column of the frame.
-    """
-
-    codes: Ints
-    columns: Ints
-    cells: Ints
-    counts: Ints
-    half_lives: Floats
-    sketch_kinds: Ints
-    ranges: Ints
-
-
 class Layout(NamedTuple):
     """What the panes of a frame hold.
 
     Attributes:
-        operations: What fills them.
+        operations: [F, 6] what fills them.
+        ranges: The first and last + 1 operation of each column of the plan.
         size: Cells a pane.
-        columns: The columns of the plan in the order of `operations.ranges`.
         blocks: How many blocks of each kind of sketch one event can need.
         top_k: The largest k of a top_k.
     """
 
-    operations: Operations
+    operations: Ints
+    ranges: dict[int, tuple[int, int]]
     size: int
-    columns: tuple[int, ...]
     blocks: tuple[int, int, int]
     top_k: int
 
     def at(self, column: int, aggregate: Aggregate) -> tuple[int, int]:
         """The first cells of a column's count and of the operation behind an aggregate of it."""
-        operations = self.operations
-        code, half_life = operation(aggregate)
-        for number in range(len(operations.codes)):
-            same = operations.columns[number] == column and operations.codes[number] == code
-            if same and operations.half_lives[number] == half_life:
-                return int(operations.counts[number]), int(operations.cells[number])
+        wanted = operation(aggregate)
+        for row in self.operations.tolist():
+            if row[COLUMN] == column and (row[CODE], row[HALF_LIFE_US]) == wanted:
+                return row[COUNT_CELL], row[CELL]
         raise KeyError(aggregate.name)
 
-    def range_of(self, column: int) -> tuple[int, int]:
-        """The first and last + 1 operation of a column of the plan."""
-        first, end = self.operations.ranges[self.columns.index(column)]
-        return int(first), int(end)
 
-
-def operation(aggregate: Aggregate) -> tuple[int, float]:
+def operation(aggregate: Aggregate) -> tuple[int, int]:
     """Which operation an aggregate reads, and its half-life in microseconds (0 where it has none)."""
     if aggregate.quantile is not None:
-        return QUANTILES, 0.0
+        return QUANTILES, 0
     if aggregate.top is not None:
-        return TOP, 0.0
+        return TOP, 0
     code = _OPERATIONS[aggregate.function]
-    return code, float(aggregate.window_us) if code == DECAYED else 0.0
+    return code, aggregate.window_us if code == DECAYED else 0
 
 
 def layout(needs: Iterable[tuple[int, Aggregate]]) -> Layout:
     """The layout for aggregates, each with its column of the plan."""
-    wanted: dict[int, set[tuple[int, float]]] = {}
+    wanted: dict[int, set[tuple[int, int]]] = {}
     top_k = 1
     for column, aggregate in needs:
-        wanted.setdefault(column, {(COUNT, 0.0)}).add(operation(aggregate))
+        wanted.setdefault(column, {(COUNT, 0)}).add(operation(aggregate))
         top_k = max(top_k, aggregate.top or 1)
-    rows: list[tuple[int, int, int, int, float, int]] = []
-    ranges, cell = [], 0
+    rows: list[tuple[int, ...]] = []
+    ranges, cell = {}, 0
     blocks = [0, 0, 0]
     for column in sorted(wanted):
         first, count = len(rows), cell
-        for code, half_life in sorted(wanted[column]):
+        for code, half_life_us in sorted(wanted[column]):
             kind = _SKETCH_KINDS.get(code, -1)
             if kind >= 0:
                 blocks[kind] += 1
-            rows.append((code, column, cell, count, half_life, kind))
+            rows.append((code, column, cell, count, kind, half_life_us))
             cell += _CELLS[code]
-        ranges.append((first, len(rows)))
-    codes, columns, cells, counts, half_lives, kinds = zip(*rows, strict=True)
-    operations = Operations(
-        codes=_integers(codes),
-        columns=_integers(columns),
-        cells=_integers(cells),
-        counts=_integers(counts),
-        half_lives=np.array(half_lives),
-        sketch_kinds=_integers(kinds),
-        ranges=_integers(ranges),
-    )
-    return Layout(operations, cell, tuple(sorted(wanted)), (blocks[0], blocks[1], blocks[2]), top_k)
+        ranges[column] = (first, len(rows))
+    return Layout(np.array(rows, dtype=np.int64), ranges, cell, (blocks[0], blocks[1], blocks[2]), top_k)
 
 
 class Estimates(NamedTuple):
@@ -166,27 +132,27 @@ def estimates(rows: Sequence[tuple[int, int, float, int]]) -> Estimates:
     return Estimates(_integers(operations), _integers(windows), np.array(quantiles, dtype=np.float64), _integers(outs))
 
 
-def _integers(values: Sequence[int] | Sequence[tuple[int, int]]) -> Ints:
+def _integers(values: Sequence[int]) -> Ints:
     return np.array(values, dtype=np.int64)
 
 
-@kernel
-def update(
-    cells: Floats, base: int, operations: Operations, pools: Pools, time_us: int, values: Floats, present: Bools
-) -> None:
-    """Adds one event's values [C] where they are present to the cells from `base`."""
-    codes, columns, offsets = operations.codes, operations.columns, operations.cells
-    for number in range(len(codes)):
-        column = columns[number]
-        if not present[column]:
+@inlined
+def update(cells: Floats, base: int, operations: Ints, time_us: int, values: Floats, present: Bools, row: int) -> None:
+    """Adds the values [N, C] of one row, where they are present, to the cells from `base`; sketches are left alone.
+
+    Rows are read by number, since a view of one costs more than all the rest.
+    """
+    for number in range(len(operations)):
+        column = operations[number, COLUMN]
+        if not present[row, column]:
             continue
-        value, code, at = values[column], codes[number], base + offsets[number]
+        value, code, at = values[row, column], operations[number, CODE], base + operations[number, CELL]
         if code == COUNT:
             cells[at] += 1.0
         elif code == SUM:
             cells[at] += value
         else:
-            count = cells[base + operations.counts[number]]
+            count = cells[base + operations[number, COUNT_CELL]]
             if code == MIN:
                 if count == 1.0 or value < cells[at]:
                     cells[at] = value
@@ -204,16 +170,11 @@ def update(
                 if count == 1.0 or time_us >= cells[at]:
                     cells[at], cells[at + 1] = time_us, value
             elif code == DECAYED:
-                _decay(cells, at, count, operations.half_lives[number], time_us, value)
-            else:
-                kind = operations.sketch_kinds[number]
-                if cells[at] == 0.0:
-                    cells[at] = sketches.take_block(pools, kind)
-                sketches.add_to_sketch(pools, kind, int(cells[at]), value)
+                _decay(cells, at, count, operations[number, HALF_LIFE_US], time_us, value)
 
 
 @kernel
-def _decay(cells: Floats, at: int, count: float, half_life_us: float, time_us: int, value: float) -> None:
+def _decay(cells: Floats, at: int, count: float, half_life_us: int, time_us: int, value: float) -> None:
     """Weights halve every half-life: cells are the weighted sum and the weight at the newest time, and that time."""
     if count == 1.0:
         cells[at], cells[at + 1], cells[at + 2] = value, 1.0, time_us
@@ -229,22 +190,36 @@ def _decay(cells: Floats, at: int, count: float, half_life_us: float, time_us: i
 
 
 @kernel
+def update_sketches(
+    cells: Floats, base: int, operations: Ints, pools: Pools, values: Floats, present: Bools, row: int
+) -> None:
+    """Adds the values [N, C] of one row, where they are present, to the sketches of the cells from `base`."""
+    for number in range(len(operations)):
+        kind, column = operations[number, SKETCH], operations[number, COLUMN]
+        if kind >= 0 and present[row, column]:
+            at = base + operations[number, CELL]
+            if cells[at] == 0.0:
+                cells[at] = sketches.take_block(pools, kind)
+            sketches.add_to_sketch(pools, kind, int(cells[at]), values[row, column])
+
+
+@kernel
 def combine(
-    into: Floats, into_base: int, cells: Floats, base: int, operations: Operations, first: int, end: int, shift: int
+    into: Floats, into_base: int, cells: Floats, base: int, operations: Ints, first: int, end: int, shift: int
 ) -> None:
     """Merges the operations `first` to `end` of one pane into others, whose events came before it.
 
     `shift` is subtracted from the cells' places in `into`. Sketches are left alone.
     """
-    count_at = operations.counts[first]
+    count_at = operations[first, COUNT_CELL]
     more = cells[base + count_at]
     if more == 0.0:
         return
     count = into[into_base + count_at - shift]
     for number in range(first, end):
-        at = base + operations.cells[number]
-        to = into_base + operations.cells[number] - shift
-        code = operations.codes[number]
+        at = base + operations[number, CELL]
+        to = into_base + operations[number, CELL] - shift
+        code = operations[number, CODE]
         if code == COUNT or code == SUM:
             into[to] += cells[at]
         elif code == MIN:
@@ -271,11 +246,11 @@ def combine(
 
 
 @kernel
-def combine_sketches(cells: Floats, into: int, base: int, operations: Operations, pools: Pools) -> None:
+def combine_sketches(cells: Floats, into: int, base: int, operations: Ints, pools: Pools) -> None:
     """Merges the sketches of the cells from `base` into those before them; their blocks go over or back."""
-    for number in range(len(operations.codes)):
-        kind = operations.sketch_kinds[number]
-        at, to = base + operations.cells[number], into + operations.cells[number]
+    for number in range(len(operations)):
+        kind = operations[number, SKETCH]
+        at, to = base + operations[number, CELL], into + operations[number, CELL]
         if kind < 0 or cells[at] == 0.0:
             continue
         if cells[to] == 0.0:
@@ -287,11 +262,11 @@ def combine_sketches(cells: Floats, into: int, base: int, operations: Operations
 
 
 @kernel
-def clear(cells: Floats, base: int, size: int, operations: Operations, pools: Pools, has_sketches: bool) -> None:
+def clear(cells: Floats, base: int, size: int, operations: Ints, pools: Pools, has_sketches: bool) -> None:
     """Empties the cells from `base`, giving their blocks back."""
     if has_sketches:
-        for number in range(len(operations.codes)):
-            kind, at = operations.sketch_kinds[number], base + operations.cells[number]
+        for number in range(len(operations)):
+            kind, at = operations[number, SKETCH], base + operations[number, CELL]
             if kind >= 0 and cells[at] != 0.0:
                 sketches.give_block(pools, kind, int(cells[at]))
     for at in range(base, base + size):

@@ -84,9 +84,23 @@ def scan_values(
         end = FAILED
         if spans[row, 0] >= 0:
             seen[:] = False
-            start, stop, time = base + spans[row, 0], base + spans[row, 1], times[row : row + 1]
-            fields = (names, name_starts, kinds, limits, slots)
-            end = _scan_record(start, stop, *fields, seen, time, text, used, entities[row], texts[row], values[row])
+            end = _scan_record(
+                base + spans[row, 0],
+                base + spans[row, 1],
+                names,
+                name_starts,
+                kinds,
+                limits,
+                slots,
+                seen,
+                row,
+                times,
+                text,
+                used,
+                entities,
+                texts,
+                values,
+            )
         referred[row] = end < 0 or not (seen[0] and seen[1])
         if referred[row]:
             continue
@@ -96,7 +110,7 @@ def scan_values(
             if not seen[column + 2]:
                 values[row, column] = 0.0
                 if slots[column + 2] >= 0:
-                    texts[row, slots[column + 2]] = 0
+                    texts[row, slots[column + 2], 0] = texts[row, slots[column + 2], 1] = 0
     return used
 
 
@@ -110,14 +124,15 @@ def _scan_record(
     limits: Ints,
     slots: Ints,
     seen: Bools,
-    time: Ints,
+    row: int,
+    times: Ints,
     text: Bytes,
     used: int,
-    entity: Ints,
+    entities: Ints,
     texts: Ints,
     values: Floats,
 ) -> int:
-    """Reads one object, whose text goes to `text` from `used`; returns the end of that, or -1 (referred)."""
+    """Reads one object into a row, whose text goes to `text` from `used`; returns the end of that, or -1 (referred)."""
     integer_at = used
     if kinds[0] != STRING:
         used += 8
@@ -152,19 +167,23 @@ def _scan_record(
         else:
             seen[field] = True
             kind = kinds[field]
-            if kind == STRING and (field == 0 or slots[field] >= 0):
-                span = entity if field == 0 else texts[slots[field]]
-                span[0] = used
+            if kind == STRING and field == 0:
+                entities[row, 0] = used
                 i, used = _read_text(i, end, text, used)
-                span[1] = used
+                entities[row, 1] = used
+            elif kind == STRING and slots[field] >= 0:
+                texts[row, slots[field], 0] = used
+                i, used = _read_text(i, end, text, used)
+                texts[row, slots[field], 1] = used
             elif field == 0:
-                i = _read_integer_entity(i, end, text, integer_at, entity)
+                entities[row, 0], entities[row, 1] = integer_at, integer_at + 8
+                i = _read_integer_entity(i, end, text, integer_at)
             elif kind == TIME:
-                i, time[0] = _read_time(i, end)
+                i, times[row] = _read_time(i, end)
             elif kind == STRING:
                 i = skip_value(i, end) if byte(i) == QUOTE else FAILED
             else:
-                i, values[field - 2] = _read_number(i, end, kind, limits[field, 0], limits[field, 1])
+                i, values[row, field - 2] = _read_number(i, end, kind, limits[field, 0], limits[field, 1])
         if i < 0:
             return FAILED
         i = skip_space(i, end)
@@ -230,7 +249,7 @@ def _read_text(i: int, end: int, text: Bytes, at: int) -> tuple[int, int]:
 
 
 @kernel
-def _read_integer_entity(i: int, end: int, text: Bytes, at: int, entity: Ints) -> int:
+def _read_integer_entity(i: int, end: int, text: Bytes, at: int) -> int:
     """Writes the integer at i to 8 bytes of `text` from `at`: the index after it (-1: referred)."""
     if byte(i) != MINUS and not 48 <= byte(i) <= 57:
         return FAILED
@@ -240,7 +259,6 @@ def _read_integer_entity(i: int, end: int, text: Bytes, at: int, entity: Ints) -
     value = -mantissa if negative else mantissa
     for k in range(8):
         text[at + k] = value >> 8 * k & 0xFF
-    entity[0], entity[1] = at, at + 8
     return i
 
 

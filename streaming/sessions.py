@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from streaming import partials
 from streaming.compile_kernels import kernel
-from streaming.partials import Estimates, Operations
+from streaming.partials import CELL, COUNT_CELL, SKETCH, Estimates
 from streaming.plan import Aggregate
 from streaming.records import Bools, Floats, Ints
 from streaming.sketches import Pools, empty_pools, reserve, restored
@@ -163,7 +163,7 @@ def _add(
     present: Bools,
     gap_us: int,
     size: int,
-    operations: Operations,
+    operations: Ints,
     has_sketches: bool,
     pools: Pools,
     bounds: Ints,
@@ -190,7 +190,9 @@ def _add(
             if at + 1 < sessions and bounds[key, at, _FIRST] < bounds[key, at + 1, _LAST] + gap_us:
                 _join(key, at, sessions, size, operations, has_sketches, pools, bounds, cells)
         bounds[key, at, _TOLD] = 0
-        partials.update(cells, base, operations, pools, time, values[row], present[row])
+        partials.update(cells, base, operations, time, values, present, row)
+        if has_sketches:
+            partials.update_sketches(cells, base, operations, pools, values, present, row)
         if len(due_us):
             due_us[key] = _next_end(key, gap_us, bounds)
 
@@ -201,7 +203,7 @@ def _insert(
     at: int,
     sessions: int,
     size: int,
-    operations: Operations,
+    operations: Ints,
     has_sketches: bool,
     pools: Pools,
     bounds: Ints,
@@ -226,7 +228,7 @@ def _join(
     at: int,
     sessions: int,
     size: int,
-    operations: Operations,
+    operations: Ints,
     has_sketches: bool,
     pools: Pools,
     bounds: Ints,
@@ -234,9 +236,11 @@ def _join(
 ) -> None:
     """Merges a session with the one before it, whose place is taken by older ones."""
     newer, older = (key * sessions + at) * size, (key * sessions + at + 1) * size
-    for column in range(len(operations.ranges)):
-        first, end = operations.ranges[column, 0], operations.ranges[column, 1]
-        partials.combine(cells, older, cells, newer, operations, first, end, 0)
+    first = 0
+    for end in range(1, len(operations) + 1):
+        if end == len(operations) or operations[end, COUNT_CELL] != operations[first, COUNT_CELL]:
+            partials.combine(cells, older, cells, newer, operations, first, end, 0)
+            first = end
     if has_sketches:
         partials.combine_sketches(cells, older, newer, operations, pools)
     for cell in range(size):
@@ -270,7 +274,7 @@ def _merge(
     gap_us: int,
     final: bool,
     size: int,
-    operations: Operations,
+    operations: Ints,
     estimates: Estimates,
     pools: Pools,
     bounds: Ints,
@@ -296,12 +300,12 @@ def _merge(
             for window in range(len(windows)):
                 first, end = windows[window, 0], windows[window, 1]
                 to = row * out.shape[1] + windows[window, 3]
-                partials.combine(flat, to, cells, base, operations, first, end, operations.counts[first])
+                partials.combine(flat, to, cells, base, operations, first, end, operations[first, COUNT_CELL])
         for number in range(len(estimates.outs)):
             operation = estimates.operations[number]
-            block[0] = int(cells[base + operations.cells[operation]]) if found else 0
+            block[0] = int(cells[base + operations[operation, CELL]]) if found else 0
             to_estimate = out[row, estimates.outs[number] : ends[number]]
-            kind = operations.sketch_kinds[operation]
+            kind = operations[operation, SKETCH]
             partials.estimate(pools, kind, block[block > 0], estimates.quantiles[number], to_estimate)
         if final:
             if found:
@@ -312,7 +316,7 @@ def _merge(
 
 
 @kernel
-def _clear_all(ids: Ints, sessions: int, size: int, operations: Operations, pools: Pools, cells: Floats) -> None:
+def _clear_all(ids: Ints, sessions: int, size: int, operations: Ints, pools: Pools, cells: Floats) -> None:
     for key in ids:
         for at in range(sessions):
             partials.clear(cells, (key * sessions + at) * size, size, operations, pools, True)

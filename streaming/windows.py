@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from streaming import partials
 from streaming.compile_kernels import kernel
-from streaming.partials import Estimates, Operations
+from streaming.memory import address, prefetch
+from streaming.partials import CELL, COUNT_CELL, SKETCH, Estimates
 from streaming.plan import Aggregate
 from streaming.records import Bools, Floats, Ints
 from streaming.sketches import Pools, empty_pools, reserve, restored
@@ -23,6 +24,7 @@ NEVER_US = 1 << 62
 T = TypeVar("T", bound=np.generic)
 
 _NO_PANE = -(1 << 62)
+_AHEAD = 8
 
 
 class Reading(NamedTuple):
@@ -54,7 +56,7 @@ def outputs(layout: partials.Layout, needs: Sequence[tuple[int, Aggregate]], pan
     width = 0
     for (column, _), length in zip(needs, panes, strict=True):
         if (column, length) not in windows:
-            first, end = layout.range_of(column)
+            first, end = layout.ranges[column]
             windows[column, length] = (first, end, length, width)
             width += _cells(layout, first, end)
     readings, rows = [], []
@@ -64,7 +66,7 @@ def outputs(layout: partials.Layout, needs: Sequence[tuple[int, Aggregate]], pan
         if aggregate.quantile is None and aggregate.top is None and aggregate.function != "count_distinct":
             readings.append(Reading(out, out + cell - count))
             continue
-        number = int(np.flatnonzero(layout.operations.cells == cell)[0])
+        number = int(np.flatnonzero(layout.operations[:, CELL] == cell)[0])
         rows.append((number, list(windows).index((column, length)), aggregate.quantile or 0.0, width))
         readings.append(Reading(out, width))
         width += aggregate.top or 1
@@ -72,7 +74,7 @@ def outputs(layout: partials.Layout, needs: Sequence[tuple[int, Aggregate]], pan
 
 
 def _cells(layout: partials.Layout, first: int, end: int) -> int:
-    starts = [*layout.operations.cells.tolist(), layout.size]
+    starts = [*layout.operations[:, CELL].tolist(), layout.size]
     return int(starts[end] - starts[first])
 
 
@@ -222,7 +224,7 @@ def _add(
     slide_us: int,
     panes: int,
     size: int,
-    operations: Operations,
+    operations: Ints,
     has_sketches: bool,
     pools: Pools,
     newest: Ints,
@@ -232,7 +234,12 @@ def _add(
     start, end, pane, slot = 0, 0, 0, 0
     if slide_us == 0:
         start, end = -NEVER_US, NEVER_US
+    newest_base, cells_base = address(newest), address(cells)
     for row in range(len(ids)):
+        if row + 2 * _AHEAD < len(ids):
+            prefetch(newest_base + 8 * ids[row + 2 * _AHEAD])
+            prefetch(cells_base + 8 * (ids[row + _AHEAD] * panes + slot) * size)
+            prefetch(cells_base + 8 * (ids[row + _AHEAD] * panes + slot) * size + 64)
         key, time = ids[row], times[row]
         if key < 0:
             continue
@@ -250,7 +257,9 @@ def _add(
                 cleared = cleared - 1 if cleared > 0 else panes - 1
             newest[key] = pane
         base = (key * panes + slot) * size
-        partials.update(cells, base, operations, pools, time, values[row], present[row])
+        partials.update(cells, base, operations, time, values, present, row)
+        if has_sketches:
+            partials.update_sketches(cells, base, operations, pools, values, present, row)
         if len(due_us):
             due_us[key] = min(due_us[key], end)
 
@@ -262,7 +271,7 @@ def _merge(
     windows: Ints,
     panes: int,
     size: int,
-    operations: Operations,
+    operations: Ints,
     slide_us: int,
     shift: int,
     newest: Ints,
@@ -276,7 +285,7 @@ def _merge(
         change = NEVER_US
         for window in range(len(windows)):
             first_operation, end_operation, length = windows[window, 0], windows[window, 1], windows[window, 2]
-            count_at = operations.counts[first_operation]
+            count_at = operations[first_operation, COUNT_CELL]
             to = row * out.shape[1] + windows[window, 3] + count_at
             first = max(current - length, newest[key] - panes) + 1
             slot = first % panes
@@ -304,7 +313,7 @@ def _estimate(
     windows: Ints,
     panes: int,
     size: int,
-    operations: Operations,
+    operations: Ints,
     estimates: Estimates,
     pools: Pools,
     newest: Ints,
@@ -320,17 +329,17 @@ def _estimate(
             found = 0
             first = max(current - windows[window, 2], newest[key] - panes) + 1
             for pane in range(first, min(current, newest[key]) + 1):
-                block = int(cells[(key * panes + pane % panes) * size + operations.cells[operation]])
+                block = int(cells[(key * panes + pane % panes) * size + operations[operation, CELL]])
                 if block > 0:
                     blocks[found] = block
                     found += 1
-            kind = operations.sketch_kinds[operation]
+            kind = operations[operation, SKETCH]
             to = out[row, estimates.outs[number] : ends[number]]
             partials.estimate(pools, kind, blocks[:found], estimates.quantiles[number], to)
 
 
 @kernel
-def _clear_all(ids: Ints, panes: int, size: int, operations: Operations, pools: Pools, cells: Floats) -> None:
+def _clear_all(ids: Ints, panes: int, size: int, operations: Ints, pools: Pools, cells: Floats) -> None:
     for key in ids:
         for slot in range(panes):
             partials.clear(cells, (key * panes + slot) * size, size, operations, pools, True)
