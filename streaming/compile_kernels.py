@@ -1,7 +1,7 @@
 """How the numba kernels are compiled: lazily by `kernel`, or all at once by `python -m streaming.compile_kernels`.
 
-The machine code is cached beside the sources, a folder for each version of them: a worker started after this command loads it in about two seconds of CPU
-instead of compiling for twenty-five.
+The machine code is cached beside the sources, a folder for each version of them: a worker started after this command
+loads it in about two seconds of CPU instead of compiling for thirty.
 """
 
 import functools
@@ -29,7 +29,7 @@ def _keep_apart_from_other_versions() -> None:
     """Names the cache after all sources: numba renews a kernel when its own file changes, not one that it calls."""
     folder = Path(__file__).parent
     sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
-    numba.config.CACHE_DIR = str(folder / "__pycache__" / f"kernels-{sources[:16]}")
+    numba.config.CACHE_DIR = str(folder / "__pycache__" / f"kernels-{sources[:16]}")  # type: ignore[attr-defined]
 
 
 def inlined(function: Callable[P, R]) -> Callable[P, R]:

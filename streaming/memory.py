@@ -8,16 +8,16 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from streaming.compile_kernels import kernel
-from streaming.records import Bytes
 
 
 @kernel
-def address(buffer: Bytes) -> int:
+def address(buffer: npt.NDArray[Any]) -> int:
     """The address of the first byte of an array."""
     return int(np.int64(buffer.ctypes.data))
 

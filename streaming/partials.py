@@ -190,6 +190,15 @@ def _decay(cells: Floats, at: int, count: float, half_life_us: int, time_us: int
 
 
 @kernel
+def any_present(operations: Ints, present: Bools, row: int) -> bool:
+    """Whether a row of values [N, C] has one for any operation, without which it changes nothing."""
+    for number in range(len(operations)):
+        if present[row, operations[number, COLUMN]]:
+            return True
+    return False
+
+
+@kernel
 def update_sketches(
     cells: Floats, base: int, operations: Ints, pools: Pools, values: Floats, present: Bools, row: int
 ) -> None:

@@ -260,7 +260,7 @@ def _add(
         partials.update(cells, base, operations, time, values, present, row)
         if has_sketches:
             partials.update_sketches(cells, base, operations, pools, values, present, row)
-        if len(due_us):
+        if len(due_us) and partials.any_present(operations, present, row):
             due_us[key] = min(due_us[key], end)
 
 
