@@ -7,7 +7,7 @@ value belongs to the end of a window and is made when the watermark passes it.
 
 from collections.abc import Iterator
 from itertools import pairwise, takewhile
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,40 +15,17 @@ import pyarrow as pa
 
 from streaming import features
 from streaming.decode import Columns, Decoder
+from streaming.frames import frames, grain_us
 from streaming.key_clocks import KeyClocks
 from streaming.keys import KeyIndex
-from streaming.last_events import LastEvents
-from streaming.plan import Aggregate, Plan
+from streaming.plan import Plan
 from streaming.records import Bools, Emission, Floats, Ints, RecordBatch, Reject, RejectKind
-from streaming.sessions import Sessions
 from streaming.state import StateError, pack, unpack
-from streaming.windows import NEVER_US, PaneRing, Reading, grown
+from streaming.windows import NEVER_US, grown
 
 _CHANGED_US = -NEVER_US
 _FEW_KEYS = 10_000
 _NONE = np.zeros(0, dtype=np.int64)
-_LIFETIME_GRAIN_US = 60_000_000
-
-
-class Frame(Protocol):
-    """Windows of one shape over all entities: `PaneRing`, `Sessions` or `LastEvents`."""
-
-    readings: tuple[Reading, ...]
-
-    @property
-    def incremental(self) -> bool: ...  # noqa: D102
-    def reserve(self, keys: int) -> None: ...  # noqa: D102
-    def bytes_per_key(self) -> int: ...  # noqa: D102
-    def pool_bytes(self) -> int: ...  # noqa: D102
-    def closed(self, times: Ints, marks: Ints) -> Bools: ...  # noqa: D102
-    def add(  # noqa: D102
-        self, ids: Ints, times: Ints, marks: Ints, values: Floats, present: Bools, due_us: Ints
-    ) -> None: ...
-    def merge(self, ids: Ints, moments_us: Ints, due_us: Ints) -> Floats: ...  # noqa: D102
-    def empty(self, keys: int, mark_us: int) -> Bools: ...  # noqa: D102
-    def keep(self, ids: Ints) -> None: ...  # noqa: D102
-    def state(self, ids: Ints | slice) -> list[npt.NDArray[Any]]: ...  # noqa: D102
-    def restore(self, ids: Ints | slice, arrays: list[npt.NDArray[Any]]) -> None: ...  # noqa: D102
 
 
 class Counters(NamedTuple):
@@ -66,7 +43,6 @@ class Partition:
     Args:
         plan: What is computed.
         partition: Its number in Kafka.
-        epoch: Which owner it is, for fencing; the computation does not use it and a snapshot does not hold it.
         max_state_bytes: More memory than this is refused.
 
     Attributes:
@@ -74,10 +50,9 @@ class Partition:
         clock_us: Event time of the partition, microseconds; below zero by 146,000 years before the first event.
     """
 
-    def __init__(self, plan: Plan, partition: int, epoch: int = 0, max_state_bytes: int | None = None) -> None:
+    def __init__(self, plan: Plan, partition: int, max_state_bytes: int | None = None) -> None:
         self.plan = plan
         self.partition = partition
-        self.epoch = epoch
         self.next_offset = 0
         self.clock_us = -NEVER_US
         self._max_state_bytes = max_state_bytes
@@ -86,8 +61,8 @@ class Partition:
         self._decoder = Decoder(plan)
         self._keys = KeyIndex()
         self._texts = {at: KeyIndex() for at, column in enumerate(plan.columns) if column.role == "text"}
-        self._frames, self._readings = _frames(plan)
-        self._shortest_us = min((_grain_us(aggregate) for aggregate in plan.aggregates), default=_LIFETIME_GRAIN_US)
+        self._frames, self._readings = frames(plan)
+        self._shortest_us = min(grain_us(aggregate) for aggregate in plan.aggregates)
         self._final = plan.emission == "final"
         self._clocks = KeyClocks() if plan.clocks == "key" else None
         self._due_us = np.zeros(0, dtype=np.int64)
@@ -118,8 +93,9 @@ class Partition:
     def pieces(self, batch: RecordBatch, now_us: int) -> Iterator[list[Reject]]:
         """Takes records in offset order, piece by piece; those below `next_offset` were taken before and are skipped.
 
-        A piece ends where the clock enters another pane of the shortest slide. Who emits after each piece gets the
-        features as they were once in every pane, whatever the size of the batches.
+        A piece ends where the clock enters another pane of the shortest slide; where the first record does so, the
+        first piece is empty. Who emits after each piece but the last of a batch gets the features as they were once in
+        every pane, whatever the size of the batches.
 
         Args:
             batch: Of this partition.
@@ -131,38 +107,57 @@ class Partition:
         batch = _from_offset(batch, self.next_offset)
         if len(batch.offsets) == 0:
             return
-        columns, rejects = self._decoder.decode(batch)
-        future = columns.readable & (columns.times > now_us + self.plan.future_us)
-        judged = self._judge(columns, columns.readable & ~future)
-        marks, late, times = judged.marks, judged.late, columns.times
-        limit = np.full(len(marks), now_us)
-        rejects += _refusals(batch, "dead", future, times, limit, "is from the future: the clock says")
-        rejects += _refusals(batch, "late", late, times, marks, "is late: its windows had closed at watermark")
-        rejects.sort(key=lambda reject: reject.offset)
-        for end in self._add(columns, judged, now_us):
-            self.next_offset = int(batch.offsets[end - 1]) + 1
-            refused = list(takewhile(lambda reject: reject.offset < self.next_offset, rejects))
-            del rejects[: len(refused)]
-            self._dead += sum(reject.kind == "dead" for reject in refused)
-            yield refused
+        columns, unread = self._decoder.decode(batch)
+        for refused in self.add(columns, batch.offsets, now_us):
+            rows = np.searchsorted(batch.offsets, [reject.offset for reject in refused]).tolist()
+            named = [
+                reject._replace(key=batch.key(row), value=batch.value(row))
+                for reject, row in zip(refused, rows, strict=True)
+            ]
+            dead = list(takewhile(lambda reject: reject.offset < self.next_offset, unread))
+            del unread[: len(dead)]
+            yield sorted([*named, *dead], key=lambda reject: reject.offset)
 
-    def add(self, columns: Columns, offsets: Ints, now_us: int, mine: Bools | None = None) -> Iterator[tuple[int, int]]:
-        """Takes events that are decoded already, piece by piece as `pieces`; unreadable ones only move the offset.
+    def add(self, columns: Columns, offsets: Ints, now_us: int, mine: Bools | None = None) -> Iterator[list[Reject]]:
+        """Takes decoded records in offset order, piece by piece as `pieces` does.
 
         Args:
-            columns: [N] events.
-            offsets: [N] of them.
-            now_us: The wall clock, by which an idle partition's clock goes on.
-            mine: [N] which events are taken; the others only move the clock, so that shards by entity share one.
+            columns: Of N records.
+            offsets: [N] rising, none below `next_offset`.
+            now_us: The wall clock.
+            mine: [N], the records that update an entity and are counted; the clock follows the others too, so that
+                several partitions can share out the entities of one. Default: all.
 
         Yields:
-            The first and last + 1 row of the piece.
+            Those of mine that are from the future or late, in offset order and without key and value; the unreadable
+            ones are counted here and known to who decoded them.
         """
-        start = 0
-        for end in self._add(columns, self._judge(columns, columns.readable, mine), now_us):
+        mine = np.ones(len(offsets), dtype=np.bool_) if mine is None else mine
+        future = columns.readable & (columns.times > now_us + self.plan.future_us)
+        seen = columns.readable & ~future
+        ids, clocks, marks, late = self._judge(columns, seen, mine)
+        rejects = self._refusals(offsets, "dead", future & mine, columns.times, np.full(len(marks), now_us))
+        rejects += self._refusals(offsets, "late", late, columns.times, marks)
+        rejects.sort(key=lambda reject: reject.offset)
+        grains = clocks // self._shortest_us
+        ends = [*(np.flatnonzero(np.diff(grains)) + 1).tolist(), len(grains)]
+        if self._last_event_now_us != -NEVER_US and grains[0] > self.clock_us // self._shortest_us:
+            yield []
+        for start, end in pairwise([0, *ends]):
+            rows = slice(start, end)
+            if self._final:
+                self._finish(int(marks[start]))
+            self._fill(ids[rows], columns.times[rows], marks[rows], columns.values[rows], columns.present[rows], now_us)
+            if seen[rows].any():
+                self.clock_us = int(clocks[end - 1])
+                self._last_event_clock_us, self._last_event_now_us = self.clock_us, now_us
             self.next_offset = int(offsets[end - 1]) + 1
-            yield start, end
-            start = end
+            refused = list(takewhile(lambda reject: reject.offset < self.next_offset, rejects))
+            del rejects[: len(refused)]
+            self._processed += int(mine[rows].sum())
+            self._late += int(late[rows].sum())
+            self._dead += int((mine[rows] & ~seen[rows]).sum())
+            yield refused
 
     def tick(self, now_us: int) -> None:
         """Moves the clock on by the wall-clock time since the last event.
@@ -226,7 +221,6 @@ class Partition:
         partition: int,
         snapshot: bytes,
         *deltas: bytes,
-        epoch: int = 0,
         max_state_bytes: int | None = None,
     ) -> "Partition":
         """The partition that gave a snapshot and then deltas.
@@ -234,30 +228,29 @@ class Partition:
         Raises:
             StateError: They are of another plan, partition or version, or cut short.
         """
-        restored = cls(plan, partition, epoch, max_state_bytes)
+        restored = cls(plan, partition, max_state_bytes)
         for data in (snapshot, *deltas):
             header, arrays = unpack(data)
             restored._check(header)
             if header["kind"] == "snapshot":
-                restored = cls(plan, partition, epoch, max_state_bytes)
+                restored = cls(plan, partition, max_state_bytes)
             restored._take(header, arrays)
         return restored
 
-    def _judge(self, columns: Columns, seen: Bools, mine: Bools | None = None) -> "_Judged":
+    def _judge(self, columns: Columns, seen: Bools, mine: Bools) -> tuple[Ints, Ints, Ints, Bools]:
+        """Of N records the ids of the entities that they update (else -1), clock and watermark at each, and if late."""
         times = columns.times
         clocks = np.maximum.accumulate(np.where(seen, np.maximum(times, self.clock_us), self.clock_us))
-        marks = clocks - self.plan.delay_us
-        grains = clocks // self._shortest_us
-        wanted = seen if mine is None else seen & mine
         if self._clocks is not None:
-            ids = self._identify(columns, wanted)
+            ids = self._identify(columns, seen & mine)
             marks = self._clocks.marks(ids, times) - self.plan.delay_us
-            late = wanted & self._closed(times, marks)
-            return _Judged(np.where(late, -1, ids), seen, clocks, marks, grains, late)
-        late = wanted & (times < marks)
+            late = seen & mine & self._closed(times, marks)
+            return np.where(late, -1, ids), clocks, marks, late
+        marks = clocks - self.plan.delay_us
+        late = seen & mine & (times < marks)
         if late.any():
             late &= self._closed(times, marks)
-        return _Judged(self._identify(columns, wanted & ~late), seen, clocks, marks, grains, late)
+        return self._identify(columns, seen & mine & ~late), clocks, marks, late
 
     def _closed(self, times: Ints, marks: Ints) -> Bools:
         closed = np.ones(len(times), dtype=np.bool_)
@@ -273,31 +266,19 @@ class Partition:
         self._reserve(len(self._keys))
         return ids
 
-    def _add(self, columns: Columns, judged: "_Judged", now_us: int) -> Iterator[int]:
-        """Adds the events piece by piece; yields the last + 1 row of each."""
-        ends = [*(np.flatnonzero(np.diff(judged.grains)) + 1).tolist(), len(judged.ids)]
-        for start, end in pairwise([0, *ends]):
-            rows = slice(start, end)
-            ids, times, marks = judged.ids[rows], columns.times[rows], judged.marks[rows]
-            if self._final:
-                self._finish(int(marks[0]))
-            for frame in self._frames:
-                frame.add(ids, times, marks, columns.values[rows], columns.present[rows], self._due_us)
-            known = ids >= 0
-            taken = ids[known]
-            self._changed[taken] = True
-            if not self._final:
-                self._due_us[taken] = _CHANGED_US
-            if self.plan.idle_ttl_us:
-                np.maximum.at(self._seen_us, taken, times[known])
-            if self._clocks is not None:
-                self._clocks.move(taken, times[known], now_us)
-            if judged.seen[rows].any():
-                self.clock_us = int(judged.clocks[end - 1])
-                self._last_event_clock_us, self._last_event_now_us = self.clock_us, now_us
-            self._processed += end - start
-            self._late += int(judged.late[rows].sum())
-            yield end
+    def _fill(self, ids: Ints, times: Ints, marks: Ints, values: Floats, present: Bools, now_us: int) -> None:
+        """Adds events to all windows."""
+        for frame in self._frames:
+            frame.add(ids, times, marks, values, present, self._due_us)
+        known = ids >= 0
+        taken = ids[known]
+        self._changed[taken] = True
+        if not self._final:
+            self._due_us[taken] = _CHANGED_US
+        if self.plan.idle_ttl_us:
+            np.maximum.at(self._seen_us, taken, times[known])
+        if self._clocks is not None:
+            self._clocks.move(taken, times[known], now_us)
 
     def _finish(self, mark_us: int) -> None:
         """Reads the final windows that end at or before a watermark, each entity's in order of time."""
@@ -315,6 +296,20 @@ class Partition:
         ]
         table = pa.Table.from_arrays(columns, names=[aggregate.name for aggregate in self.plan.aggregates])
         return Emission(self._keys.entities(ids, self.plan.entity_type), moments_us, table)
+
+    def _refusals(self, offsets: Ints, kind: RejectKind, rows: Bools, times: Ints, than: Ints) -> list[Reject]:
+        reasons = {"dead": "is from the future: the clock says", "late": "is late: its windows had closed at watermark"}
+        return [
+            Reject(
+                kind,
+                self.partition,
+                int(offsets[row]),
+                f"event time {_iso(int(times[row]))} {reasons[kind]} {_iso(int(than[row]))}",
+                None,
+                None,
+            )
+            for row in np.flatnonzero(rows).tolist()
+        ]
 
     def _forget(self) -> None:
         """Renumbers the entities that still matter, once more than half of many do not."""
@@ -408,56 +403,6 @@ class Partition:
         self._told_keys = len(self._keys)
 
 
-class _Judged(NamedTuple):
-    """What is known of N events before they are added.
-
-    Attributes:
-        ids: [N] of the entities of those that are taken, -1 for the others.
-        seen: [N] which of them move the clock.
-        clocks: [N] of the partition, after each.
-        marks: [N] the watermark of the partition, or of the entity, at each.
-        grains: [N] number of the shortest slide that the clock is in.
-        late: [N] which are refused because their windows have closed.
-    """
-
-    ids: Ints
-    seen: Bools
-    clocks: Ints
-    marks: Ints
-    grains: Ints
-    late: Bools
-
-
-def _frames(plan: Plan) -> tuple[list[Frame], list[tuple[int, Reading]]]:
-    """The frames of a plan, shortest slide first, and the frame and reading of each aggregate."""
-    groups: dict[tuple[str, int], list[tuple[int, Aggregate]]] = {}
-    for aggregate in sorted(plan.aggregates, key=lambda each: (each.kind, each.slide_us)):
-        shape = {"sliding": aggregate.slide_us, "session": aggregate.window_us, "last": aggregate.size, "lifetime": 0}
-        group = groups.setdefault((aggregate.kind, shape[aggregate.kind]), [])
-        group.append((plan.column_of(aggregate), aggregate))
-    final = plan.emission == "final"
-    history_us = plan.delay_us + plan.lateness_us
-    frames: list[Frame] = []
-    found: dict[str, tuple[int, Reading]] = {}
-    for (kind, _), group in groups.items():
-        if kind == "last":
-            frames.append(LastEvents(group))
-        elif kind == "session":
-            frames.append(Sessions(group, plan.lateness_us, history_us, final))
-        else:
-            frames.append(PaneRing(group, plan.lateness_us, history_us if final else 0, final))
-        for (_, aggregate), reading in zip(group, frames[-1].readings, strict=True):
-            found[aggregate.name] = (len(frames) - 1, reading)
-    return frames, [found[aggregate.name] for aggregate in plan.aggregates]
-
-
-def _grain_us(aggregate: Aggregate) -> int:
-    """How often at least the values of an aggregate are logged."""
-    if aggregate.kind == "session":
-        return aggregate.window_us
-    return aggregate.slide_us if aggregate.kind == "sliding" else _LIFETIME_GRAIN_US
-
-
 def _joined(emissions: list[Emission]) -> Emission:
     if len(emissions) == 1:
         return emissions[0]
@@ -474,20 +419,6 @@ def _from_offset(batch: RecordBatch, offset: int) -> RecordBatch:
         return batch
     rows = (array[first:] for array in (batch.offsets, batch.keys, batch.values, batch.timestamps_ms))
     return RecordBatch(batch.partition, batch.buffer, *rows)
-
-
-def _refusals(batch: RecordBatch, kind: RejectKind, rows: Bools, times: Ints, than: Ints, reason: str) -> list[Reject]:
-    return [
-        Reject(
-            kind,
-            batch.partition,
-            int(batch.offsets[row]),
-            f"event time {_iso(int(times[row]))} {reason} {_iso(int(than[row]))}",
-            batch.key(row),
-            batch.value(row),
-        )
-        for row in np.flatnonzero(rows).tolist()
-    ]
 
 
 def _iso(time_us: int) -> str:
