@@ -65,6 +65,119 @@ EDITS = Topic(
     partitions=2,
 )
 
+UTTERANCES = Topic(
+    name="utterances",
+    version=1,
+    key="speaker",
+    timestamp="time",
+    fields={
+        "id": "string",
+        "time": "timestamp",
+        "speaker": "string",
+        "device": "string",
+        "noise": "string",
+        "snr_db": "double",
+        "duration_s": "double",
+        "words": "bigint",
+        "confidence": "double",
+        "text": "string",
+    },
+    partitions=2,
+)
+"""Dictations as a recogniser hands them on, keyed by who speaks."""
+
+SCANS = Topic(
+    name="scans",
+    version=1,
+    key="patient",
+    timestamp="time",
+    fields={
+        "id": "string",
+        "time": "timestamp",
+        "patient": "string",
+        "device": "string",
+        "depth_mm": "double",
+        "gain_db": "double",
+        "brightness": "double",
+        "speckle": "double",
+        "lesion_mm": "double",
+    },
+    partitions=2,
+)
+"""Ultrasound images with what was measured of them, keyed by patient; `lesion_mm` is null where none was found."""
+
+INSPECTIONS = Topic(
+    name="inspections",
+    version=1,
+    key="line",
+    timestamp="time",
+    fields={
+        "id": "string",
+        "time": "timestamp",
+        "line": "string",
+        "camera": "string",
+        "brightness": "double",
+        "sharpness": "double",
+        "score": "double",
+        "good": "boolean",
+    },
+    partitions=2,
+)
+"""Screws before a camera with their anomaly score, keyed by production line."""
+
+PROMPTS = Topic(
+    name="prompts",
+    version=1,
+    key="user",
+    timestamp="time",
+    fields={
+        "id": "string",
+        "time": "timestamp",
+        "user": "string",
+        "model": "string",
+        "tokens": "bigint",
+        "max_tokens": "bigint",
+        "temperature": "double",
+        "text": "string",
+    },
+    partitions=2,
+)
+"""Requests to a language model, keyed by user."""
+
+DIAGRAMS = Topic(
+    name="diagrams",
+    version=1,
+    key="user",
+    timestamp="time",
+    fields={
+        "id": "string",
+        "time": "timestamp",
+        "user": "string",
+        "kind": "string",
+        "width": "bigint",
+        "height": "bigint",
+        "lines": "bigint",
+        "compiled": "boolean",
+    },
+    partitions=2,
+)
+"""Pictures turned into Asymptote code, keyed by user."""
+
+MEASUREMENTS = Topic(
+    name="measurements",
+    version=1,
+    key="series",
+    timestamp="time",
+    fields={
+        "series": "string",
+        "time": "timestamp",
+        "value": "double",
+        "anomaly": "boolean",
+    },
+    partitions=2,
+)
+"""Points of series, keyed by series; `anomaly` is the truth where it is known, for evaluation, never an input."""
+
 PREDICTIONS = Topic(
     name="predictions",
     version=1,

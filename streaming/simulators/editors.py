@@ -7,19 +7,21 @@ edit in short sessions around their evening, with sizes over orders of magnitude
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from hashlib import sha256
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
-from streaming.simulators.arrival import Event
+from streaming.records import Ints
+from streaming.simulators.arrival import SECOND_US
+from streaming.simulators.columns import Events
+from streaming.simulators.render import BOOLEAN, Moment, Name, Number, Template, Text
 
+CHUNK = 50_000
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
 SESSION_MS = 20 * 60_000
-CHUNK = 50_000
 CHANNELS = ("#en", "#vi", "#de", "#fr", "#ru", "#it", "#es", "#zh", "#uz", "#ja", "#pl", "#ko")
 NAMESPACES = ("Main", "Wikipedia", "User talk", "Talk", "Category")
 NAMESPACE_SHARES = (0.82, 0.06, 0.05, 0.04, 0.03)
@@ -71,12 +73,13 @@ def population(count: int, seed: int) -> Population:
 
 def edits(
     count: int = 40_000, seed: int = 0, editors: int = 5_000, day: datetime = datetime(2015, 9, 12, tzinfo=UTC)
-) -> Iterator[Event]:
+) -> Iterator[Events]:
     """Generate `count` edits of one UTC day in time order, keyed by user; no two at the same millisecond.
 
     Equal arguments give equal bytes. More than a few million edits outlast the day by the milliseconds they need.
     """
     people = population(editors, seed)
+    template = _template(people)
     draw = np.random.default_rng([seed, 2])
     who = draw.choice(editors, size=count, p=people.share)
     when_ms = _times(people, who, draw)
@@ -84,12 +87,38 @@ def edits(
     step = np.arange(count)
     when_ms = np.maximum.accumulate(when_ms[order] - step) + step
     who = who[order]
+    day_us = int(day.timestamp()) * SECOND_US
     for start in range(0, count, CHUNK):
         part = slice(start, start + CHUNK)
-        yield from _events(people, who[part], when_ms[part], start, day, draw)
+        times_us = day_us + when_ms[part] * 1000
+        columns = _columns(people, who[part], draw)
+        yield template.render(times_us, columns | {"seq": step[part], "time": times_us})
 
 
-def _times(people: Population, who: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.int64]:
+def _template(people: Population) -> Template:
+    return Template(
+        {
+            "seq": Number(),
+            "time": Moment(),
+            "channel": Text([f"{channel}.wikipedia" for channel in CHANNELS]),
+            "page": Name("Page ", 1),
+            "user": Text(people.user),
+            "namespace": Text(NAMESPACES),
+            "isAnonymous": BOOLEAN,
+            "isRobot": BOOLEAN,
+            "isNew": BOOLEAN,
+            "isMinor": BOOLEAN,
+            "isUnpatrolled": BOOLEAN,
+            "country": Text([*COUNTRIES, None]),
+            "delta": Number(),
+            "added": Number(),
+            "deleted": Number(),
+        },
+        key="user",
+    )
+
+
+def _times(people: Population, who: Ints, draw: np.random.Generator) -> Ints:
     """Milliseconds in the day: a steady run for robots, sessions for people."""
     run_ms = draw.random(len(who)) * people.length_ms[who]
     # A person has one session for every handful of edits, and always the same ones: its number seeds its middle.
@@ -100,45 +129,25 @@ def _times(people: Population, who: NDArray[np.int64], draw: np.random.Generator
     return ((people.start_ms[who] + offset_ms) % DAY_MS).astype(np.int64)
 
 
-def _events(
-    people: Population,
-    who: NDArray[np.int64],
-    when_ms: NDArray[np.int64],
-    first: int,
-    day: datetime,
-    draw: np.random.Generator,
-) -> Iterator[Event]:
+def _columns(people: Population, who: Ints, draw: np.random.Generator) -> dict[str, Ints]:
     count = len(who)
-    robot = people.robot[who]
+    robot, anonymous = people.robot[who], people.anonymous[who]
     size = np.exp(people.log_size[who] + people.size_spread[who] * draw.normal(size=count)).clip(0, 200_000)
     deletes = draw.random(count) < people.deleting[who]
-    added = np.where(deletes, 0, size).astype(np.int64).tolist()
-    deleted = np.where(deletes, size.clip(1, 500), 0).astype(np.int64).tolist()
-    namespace = draw.choice(len(NAMESPACES), size=count, p=NAMESPACE_SHARES).tolist()
-    page = draw.zipf(1.3, count).clip(max=1_000_000).tolist()
-    minor = (draw.random(count) < np.where(robot, 0.78, 0.22)).tolist()
-    new = (draw.random(count) < np.where(robot, 0.02, 0.08)).tolist()
-    unpatrolled = (draw.random(count) < np.where(robot, 0.22, 0.1)).tolist()
-    day_us = int(day.timestamp()) * 1_000_000
-    for index, (editor, ms) in enumerate(zip(who.tolist(), when_ms.tolist(), strict=True)):
-        anonymous = bool(people.anonymous[editor])
-        moment = (day + timedelta(milliseconds=ms)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        user = people.user[editor]
-        fields = {
-            "seq": first + index,
-            "time": moment,
-            "channel": CHANNELS[people.channel[editor]] + ".wikipedia",
-            "page": f"Page {page[index]}",
-            "user": user,
-            "namespace": NAMESPACES[namespace[index]],
-            "isAnonymous": anonymous,
-            "isRobot": bool(people.robot[editor]),
-            "isNew": new[index],
-            "isMinor": minor[index],
-            "isUnpatrolled": unpatrolled[index],
-            "country": COUNTRIES[editor % len(COUNTRIES)] if anonymous else None,
-            "delta": added[index] - deleted[index],
-            "added": added[index],
-            "deleted": deleted[index],
-        }
-        yield Event(day_us + ms * 1000, user.encode(), orjson.dumps(fields))
+    added = np.where(deletes, 0, size).astype(np.int64)
+    deleted = np.where(deletes, size.clip(1, 500), 0).astype(np.int64)
+    return {
+        "namespace": draw.choice(len(NAMESPACES), size=count, p=NAMESPACE_SHARES),
+        "page": draw.zipf(1.3, count).clip(max=1_000_000),
+        "isMinor": (draw.random(count) < np.where(robot, 0.78, 0.22)).astype(np.int64),
+        "isNew": (draw.random(count) < np.where(robot, 0.02, 0.08)).astype(np.int64),
+        "isUnpatrolled": (draw.random(count) < np.where(robot, 0.22, 0.1)).astype(np.int64),
+        "isAnonymous": anonymous.astype(np.int64),
+        "isRobot": robot.astype(np.int64),
+        "user": who,
+        "channel": people.channel[who],
+        "country": np.where(anonymous, who % len(COUNTRIES), len(COUNTRIES)),
+        "delta": added - deleted,
+        "added": added,
+        "deleted": deleted,
+    }

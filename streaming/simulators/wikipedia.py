@@ -1,17 +1,13 @@
 """Real edits of Wikipedia (12 September 2015, the sample of Apache Druid's quick start), read from JSON lines."""
 
-import gzip
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import orjson
-
-from streaming.simulators.arrival import Event
+from streaming.events import EDITS
+from streaming.simulators.columns import Events, sorted_within
+from streaming.simulators.replay import SORT_ROWS, json_lines
 
 FOLDER = "events-wikipedia-edits"
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-MICROSECOND = timedelta(microseconds=1)
 
 
 def files(data: Path) -> list[Path]:
@@ -25,25 +21,10 @@ def files(data: Path) -> list[Path]:
     return sorted((data / FOLDER).glob("wikipedia_edits_*.jsonl.gz"))
 
 
-def edits(path: Path) -> Iterator[Event]:
+def edits(path: Path) -> Iterator[Events]:
     """Read one file's edits in time order, keyed by user; values are the file's own lines.
 
     Raises:
         ValueError: the file is no gzip, or a line is not an edit.
     """
-    try:
-        with gzip.open(path) as lines:
-            events = [_event(path, number, line) for number, line in enumerate(lines, start=1)]
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path}: can't be read as gzip ({error}); fetch the file again.") from None
-    return iter(sorted(events, key=lambda event: event.time_us))
-
-
-def _event(path: Path, number: int, line: bytes) -> Event:
-    try:
-        fields = orjson.loads(line)
-        moment = datetime.fromisoformat(fields["time"])
-        key = fields["user"].encode()
-        return Event((moment - EPOCH) // MICROSECOND, key, line.rstrip(b"\n"))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}:{number}: is not an edit with a user and a time with its zone ({error!r}).") from None
+    return sorted_within(json_lines(path, EDITS.timestamp, EDITS.key, "an edit"), SORT_ROWS)

@@ -16,7 +16,7 @@ from models import predictor
 from models.registry import Registry
 from models.tabular import data
 from models.tabular.config import DataConfig
-from streaming.simulators import editors
+from streaming.simulators import columns, editors
 from streaming.simulators.arrival import Faults, disturb
 from streaming.simulators.produce import ensure_topic, produce
 
@@ -50,7 +50,7 @@ def write_log(home: Path, log: pd.DataFrame, parts: int) -> None:
 
 
 def frame(count: int) -> pd.DataFrame:
-    rows = pd.DataFrame([orjson.loads(event.value) for event in editors.edits(count, editors=600)])
+    rows = pd.DataFrame([orjson.loads(event.value) for event in columns.rows(editors.edits(count, editors=600))])
     return rows.assign(event_timestamp=pd.to_datetime(rows["time"], utc=True))
 
 
