@@ -36,7 +36,7 @@ AWAY = (
 )
 
 # KEYS: entities. ARGV: the stamp's field, a ttl in seconds or 0, the number of features, their fields, and then for
-# each entity its seconds, nanoseconds, stamp and values. A Timestamp proto is two varints; a negative one has ten bytes.
+# each entity its seconds, nanoseconds, stamp and values. A Timestamp is two varints; a negative one has ten bytes.
 SCRIPT = """
 local function parsed(stamp)
   local found, at = {[8] = 0, [16] = 0}, 1
