@@ -1,6 +1,6 @@
 """One online row of a view as one blob, and back: null bits, 8 bytes for a number, the rest as protos at the end.
 
-A blob is `ceil(features / 8)` bytes of null bits (lowest first), then a slot a feature in the layout's order: 8 bytes
+A blob is `features // 8 + 1` bytes of null bits (lowest first), then a slot a feature in the layout's order: 8 bytes
 (int64 or float64) for a number, bool or timestamp, 4 bytes (uint32) with the size of its proto for anything else; then
 those protos in the same order. All little-endian. A layout is kept beside the rows, so that a view whose features
 change goes on reading its old rows.
@@ -55,7 +55,7 @@ class RowLayout:
     def __init__(self, features: Sequence[tuple[str, str]]) -> None:
         self.features = tuple(features)
         slots = ["<u4" if kind == PROTO else "<i8" if kind in INTEGERS else "<f8" for _, kind in self.features]
-        null_bytes = -(-len(slots) // 8)
+        null_bytes = 1 + len(slots) // 8
         self._head = np.dtype([("nulls", np.uint8, (null_bytes,)), *((str(at), slot) for at, slot in enumerate(slots))])
         codes = {"<u4": "I", "<i8": "q", "<f8": "d"}
         self._struct = struct.Struct(f"<{null_bytes}s" + "".join(codes[slot] for slot in slots))
@@ -68,14 +68,17 @@ class RowLayout:
     def __str__(self) -> str:
         return json.dumps(self.features)
 
-    def rows(self, columns: Sequence[Column]) -> pa.Array:
+    def rows(self, columns: Sequence[Column], size: int) -> pa.Array:
         """The blobs of N rows, binary or fixed-size binary.
 
         Args:
             columns: one a feature, in the layout's order.
+            size: N.
         """
-        head = np.zeros(len(columns[0].nulls), dtype=self._head)
-        head["nulls"] = np.packbits(np.column_stack([nulls for _, nulls in columns]), axis=1, bitorder="little")
+        head = np.zeros(size, dtype=self._head)
+        nulls = np.column_stack([np.zeros(size, dtype=np.bool_), *(column.nulls for column in columns)])[:, 1:]
+        packed = np.packbits(nulls, axis=1, bitorder="little")
+        head["nulls"][:, : packed.shape[1]] = packed
         protos = []
         for at, ((_, kind), (values, _)) in enumerate(zip(self.features, columns, strict=True)):
             head[str(at)] = pc.binary_length(values).to_numpy() if kind == PROTO else values
@@ -134,7 +137,7 @@ def encode_values(rows: Sequence[dict[str, Value]], kinds: Mapping[str, str]) ->
     """
     columns = {name: _from_values([row[name] for row in rows], kinds.get(name, PROTO)) for name in rows[0]}
     layout = RowLayout([(name, kind) for name, (_, kind) in columns.items()])
-    return layout, layout.rows([column for column, _ in columns.values()])
+    return layout, layout.rows([column for column, _ in columns.values()], len(rows))
 
 
 def _from_values(values: Sequence[Value], kind: str) -> tuple[Column, str]:

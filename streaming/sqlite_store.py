@@ -153,7 +153,8 @@ class GuardedSqliteOnlineStore(SqliteOnlineStore):
             for start in range(0, len(entities), ROWS_A_CHUNK):
                 part = slice(start, start + ROWS_A_CHUNK)
                 cells = features.slice(start, ROWS_A_CHUNK)
-                rows = layout.rows([from_arrow(cells.column(name), dtypes[name]) for name, _ in layout.features])
+                columns = [from_arrow(cells.column(name), dtypes[name]) for name, _ in layout.features]
+                rows = layout.rows(columns, len(event_time_us[part]))
                 keys = entity_keys(view.entity_columns[0].name, entities[part])
                 created = pa.array(np.full(len(keys), created_us))
                 self._upsert(
