@@ -1,6 +1,5 @@
-"""The online sink: bytes equal to Feast's own protos, rows equal to Feast's own rows, newer values never lost."""
+"""The online sink: bytes equal to Feast's own protos and keys, and the newest row of each entity into any store."""
 
-import struct
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,63 +9,75 @@ import pytest
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
 from feast.infra.key_encoding_utils import serialize_entity_key
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
-from feast.protos.feast.types.Value_pb2 import Value
-from feast.types import Float64, Int64, String
+from feast.protos.feast.types.Value_pb2 import StringList, Value
+from feast.types import Array, Float32, Float64, Int32, Int64, String, UnixTimestamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streaming.feast_bytes import as_bytes, entity_keys, value_protos
 from streaming.records import Emission
-from streaming.sinks import OnlineSink, encode, entity_keys, latest
+from streaming.sinks import OnlineSink, OnlineSinkError, latest
 
-INTS = st.lists(st.none() | st.integers(-(2**63), 2**63 - 1), max_size=30)
-FLOATS = st.lists(st.none() | st.floats(allow_nan=False), max_size=30)
+TEXT = st.text(max_size=200)
+STRINGS = pa.list_(pa.string())
+CASES = {
+    Int64: (st.integers(-(2**63), 2**63 - 1), pa.int64(), lambda v: Value(int64_val=v)),
+    Int32: (st.integers(-(2**31), 2**31 - 1), pa.int64(), lambda v: Value(int32_val=v)),
+    Float64: (st.floats(allow_nan=False), pa.float64(), lambda v: Value(double_val=v)),
+    Float32: (st.floats(allow_nan=False, width=32), pa.float64(), lambda v: Value(float_val=v)),
+    String: (TEXT, pa.string(), lambda v: Value(string_val=v)),
+    Array(String): (st.lists(TEXT, max_size=5), STRINGS, lambda v: Value(string_list_val=StringList(val=v))),
+}
 
 
-def emission(entities: list[str], at_us: int, counts: list[int], means: list[float | None]) -> Emission:
-    features = pa.table({"edits": pa.array(counts, pa.int64()), "mean": pa.array(means, pa.float64())})
-    return Emission(pa.array(entities, pa.string()), np.full(len(entities), at_us, dtype=np.int64), features)
+@pytest.mark.parametrize("dtype", CASES, ids=str)
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_columns_become_feasts_protos(dtype, data):
+    value, kind, proto = CASES[dtype]
+    values = data.draw(st.lists(st.none() | value, max_size=20))
+    cut = data.draw(st.integers(0, len(values)))
+    column = pa.chunked_array([values[:cut], values[cut:]], kind)
+    expected = [b"" if each is None else proto(each).SerializeToString() for each in values]
+    assert as_bytes(value_protos(column, dtype)) == expected
+    assert as_bytes(value_protos(column[cut:], dtype)) == expected[cut:]
 
 
 @settings(deadline=None)
-@given(values=INTS)
-def test_integers_are_feasts_protos(values):
-    protos, texts = encode(pa.chunked_array([pa.array(values, pa.int64())]), 0x20)
-    assert protos == [b"" if v is None else Value(int64_val=v).SerializeToString() for v in values]
-    assert texts == [None if v is None else str(v) for v in values]
-
-
-@settings(deadline=None)
-@given(values=FLOATS)
-def test_floats_are_feasts_protos(values):
-    column = pa.chunked_array([pa.array(values, pa.float64())])
-    protos, texts = encode(column, 0x29)
-    assert protos == [b"" if v is None else Value(double_val=v).SerializeToString() for v in values]
-    assert texts == [None if v is None else str(v) for v in values]
-
-
-def test_narrow_types_are_feasts_protos():
-    column = pa.chunked_array([pa.array([0.0, 1.0, -3.0, None])])
-    assert encode(column, 0x18)[0][:3] == [Value(int32_val=v).SerializeToString() for v in (0, 1, -3)]
-    assert encode(column, 0x35)[0][:3] == [Value(float_val=v).SerializeToString() for v in (0.0, 1.0, -3.0)]
-
-
-@given(names=st.lists(st.text(), max_size=10), numbers=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=10))
+@given(names=st.lists(TEXT, max_size=10), numbers=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=10))
 def test_entity_keys_are_feasts(names, numbers):
     for values, kind, member in ((names, pa.string(), "string_val"), (numbers, pa.int64(), "int64_val")):
         protos = [EntityKey(join_keys=["usér"], entity_values=[Value(**{member: value})]) for value in values]
         expected = [serialize_entity_key(proto, entity_key_serialization_version=3) for proto in protos]
-        assert entity_keys("usér", pa.array(values, kind)) == expected
+        assert as_bytes(entity_keys("usér", pa.array(values, kind))) == expected
+        assert as_bytes(entity_keys("usér", pa.array(values, kind)[1:])) == expected[1:]
 
 
-def test_latest_keeps_the_last_row_of_each_entity():
-    newest = latest(
-        [emission(["a", "b"], 1, [1, 1], [1.0, None]), emission([], 2, [], []), emission(["a"], 3, [2], [4.0])]
-    )
-    assert newest is not None
-    found = dict(zip(newest.entities.to_pylist(), newest.features.column("edits").to_pylist(), strict=True))
-    times = dict(zip(newest.entities.to_pylist(), newest.event_time_us.tolist(), strict=True))
-    assert (found, times) == ({"a": 2, "b": 1}, {"a": 3, "b": 1})
-    assert latest([]) is None
+def emission(entities: list[str], times_us: list[int], counts: list[int]) -> Emission:
+    features = pa.table({"edits": pa.array(counts, pa.int64())})
+    return Emission(pa.array(entities, pa.string()), np.array(times_us, dtype=np.int64), features)
+
+
+ROWS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(-5, 5)), max_size=12)
+
+
+@given(flush=st.lists(ROWS, max_size=4))
+def test_latest_is_the_newest_row_of_each_entity_and_of_equal_times_the_last(flush):
+    expected, emissions, number = {}, [], 0
+    for rows in flush:
+        emissions.append(
+            emission([name for name, _ in rows], [at for _, at in rows], list(range(number, number + len(rows))))
+        )
+        for name, at in rows:
+            if name not in expected or at >= expected[name][0]:
+                expected[name] = (at, number)
+            number += 1
+    newest = latest(emissions)
+    if newest is None:
+        assert not expected
+        return
+    columns = newest.entities.to_pylist(), newest.event_time_us.tolist(), newest.features["edits"].to_pylist()
+    assert sorted(zip(*columns, strict=True)) == sorted((name, *found) for name, found in expected.items())
 
 
 # A plain FeatureView serves: the sink only asks the store for the view by name and reads its fields.
@@ -75,80 +86,93 @@ class Store(FeatureStore):
         return self.get_feature_view(name)
 
 
-def applied(folder: Path, kind: str) -> Store:
+FIELDS = {"edits": Int64, "mean": Float64, "small": Int32, "half": Float32, "page": String, "pages": Array(String)}
+USER = Entity(name="user", join_keys=["user"], value_type=ValueType.STRING)
+
+
+def applied(folder: Path, kind: str, fields=FIELDS) -> Store:
     config = RepoConfig(
         project="test",
         provider="local",
-        registry=str(folder / f"{kind[-10:]}.registry"),
-        online_store={"type": kind, "path": str(folder / f"{kind[-10:]}.db")},
+        registry=str(folder / "registry.db"),
+        online_store={"type": kind, "path": str(folder / "online.db")},
         entity_key_serialization_version=3,
     )
     store = Store(config=config)
-    user = Entity(name="user", join_keys=["user"], value_type=ValueType.STRING)
-    fields = [Field(name="user", dtype=String), Field(name="edits", dtype=Int64), Field(name="mean", dtype=Float64)]
+    schema = [Field(name="user", dtype=String), *(Field(name=name, dtype=dtype) for name, dtype in fields.items())]
     source = FileSource(path=str(folder / "none.parquet"), timestamp_field="event_timestamp")
-    view = FeatureView(name="activity", entities=[user], schema=fields, source=source, ttl=timedelta(days=1))
-    store.apply([user, view])
+    store.apply([USER, FeatureView(name="activity", entities=[USER], schema=schema, source=source)])
     return store
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory) -> Store:
-    return applied(tmp_path_factory.mktemp("guarded"), "streaming.sinks.GuardedSqliteOnlineStore")
-
-
-@pytest.fixture(scope="module")
-def ordinary(tmp_path_factory) -> Store:
-    return applied(tmp_path_factory.mktemp("ordinary"), "sqlite")
-
-
-def online(store: FeatureStore, *users: str) -> dict:
-    found = store.get_online_features(
-        features=["activity:edits", "activity:mean"], entity_rows=[{"user": user} for user in users]
-    ).to_dict()
-    return {user: (found["edits"][row], found["mean"][row]) for row, user in enumerate(found["user"])}
+def stores(tmp_path_factory) -> dict[str, Store]:
+    kinds = ("streaming.sinks.GuardedSqliteOnlineStore", "sqlite")
+    return {kind: applied(tmp_path_factory.mktemp(kind[-6:]), kind) for kind in kinds}
 
 
 AT_US = 1_442_016_000_250_000
 
 
-def test_get_online_features_returns_what_was_written(guarded, ordinary, caplog):
-    for store in (guarded, ordinary):
-        sink = OnlineSink(store, "activity")
-        assert sink.write([emission(["ann", "böb"], AT_US, [3, 0], [1.5, None])]) == 2
-        assert online(store, "ann", "böb", "nobody") == {"ann": (3, 1.5), "böb": (0, None), "nobody": (None, None)}
-    assert "not guarded" in caplog.text
+def full(entities: list[str], at_us: int = AT_US) -> Emission:
+    size = len(entities)
+    columns = {
+        "edits": pa.array(range(size), pa.int64()),
+        "mean": pa.array([None if row % 2 else row / 3 for row in range(size)], pa.float64()),
+        "small": pa.array([-row for row in range(size)], pa.int64()),
+        "half": pa.array([row / 2 for row in range(size)], pa.float64()),
+        "page": pa.array([None if row % 3 == 1 else "é" * row for row in range(size)], pa.string()),
+        "pages": pa.array([None if row % 3 == 2 else ["x"] * row for row in range(size)], STRINGS),
+    }
+    return Emission(pa.array(entities), np.full(size, at_us, dtype=np.int64), pa.table(columns))
 
 
-def test_rows_equal_those_of_feasts_own_store(guarded, ordinary):
-    tables = []
-    for store in (guarded, ordinary):
-        OnlineSink(store, "activity").write([emission(["row", "two"], AT_US, [300, 0], [0.1, None])])
-        connection = store._get_provider().online_store._get_conn(store.config)
-        rows = connection.execute(
-            "SELECT entity_key, feature_name, value, value_text, vector_value, event_ts FROM test_activity"
-            " WHERE entity_key IN (?, ?) ORDER BY entity_key, feature_name",
-            entity_keys("user", pa.array(["row", "two"])),
-        )
-        tables.append(rows.fetchall())
-    assert tables[0] == tables[1]
-    assert len(tables[0]) == 4
+def online(store: FeatureStore, users: list[str], features=tuple(FIELDS)) -> dict:
+    refs = [f"activity:{name}" for name in features]
+    found = store.get_online_features(features=refs, entity_rows=[{"user": user} for user in users]).to_dict()
+    return {name: found[name] for name in features}
 
 
-def test_an_older_event_time_never_overwrites_a_newer_one(guarded):
-    sink = OnlineSink(guarded, "activity")
-    sink.write([emission(["old"], AT_US, [2], [2.0])])
-    sink.write([emission(["old"], AT_US - 1, [1], [1.0])])
-    assert online(guarded, "old") == {"old": (2, 2.0)}
-    sink.write([emission(["old"], AT_US, [3], [3.0])])
-    assert online(guarded, "old") == {"old": (3, 3.0)}
-    frame = pa.table({"user": ["old"], "edits": [9], "mean": [9.0]}).to_pandas()
-    for older, expected in ((True, (3, 3.0)), (False, (9, 9.0))):
-        frame["event_timestamp"] = datetime.fromtimestamp(AT_US / 1e6, UTC) + timedelta(microseconds=-1 if older else 1)
-        guarded.write_to_online_store("activity", frame.copy())
-        assert online(guarded, "old") == {"old": expected}
+def test_every_type_reads_back_through_feast_the_same_from_both_stores(stores, caplog):
+    users = ["ann", "böb", "cee", "dee", "nobody"]
+    written = full(users[:4])
+    expected = {name: [*column, None] for name, column in written.features.to_pydict().items()}
+    for store in stores.values():
+        assert OnlineSink(store, "activity").write([written]) == 4
+        assert online(store, users) == expected
+    assert caplog.text.count("not guarded") == 1
 
 
-def test_the_value_bytes_are_tag_and_payload():
-    protos, _ = encode(pa.chunked_array([[1.5]]), 0x29)
-    assert protos == [b"\x29" + struct.pack("<d", 1.5)]
+def test_an_entity_that_comes_several_times_in_one_flush_keeps_its_newest_row(stores):
+    store = stores["streaming.sinks.GuardedSqliteOnlineStore"]
+    sink = OnlineSink(store, "activity")
+    rows = full(["twice", "once", "twice"])._replace(event_time_us=np.array([AT_US + 2, AT_US, AT_US + 1]))
+    assert sink.write([rows]) == 2
+    assert online(store, ["twice", "once"], ["edits"]) == {"edits": [0, 1]}
+    assert sink.write([]) == 0
+
+
+def test_an_older_event_time_never_overwrites_a_newer_one(stores):
+    store = stores["streaming.sinks.GuardedSqliteOnlineStore"]
+    sink = OnlineSink(store, "activity")
+    for at_us, count, expected in ((AT_US, 2, 2), (AT_US - 1, 1, 2), (AT_US, 3, 3), (AT_US + 1, 0, 0)):
+        features = full(["old"]).features.set_column(0, "edits", pa.array([count]))
+        sink.write([Emission(pa.array(["old"]), np.array([at_us]), features)])
+        assert online(store, ["old"], ["edits"]) == {"edits": [expected]}
+    frame = features.append_column("user", pa.array(["old"])).to_pandas()
+    for step_us, expected in ((0, 0), (2, 9)):
+        frame["edits"] = 9
+        moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=AT_US + step_us)
+        frame["event_timestamp"] = moment
+        store.write_to_online_store("activity", frame.copy())
+        assert online(store, ["old"], ["edits"]) == {"edits": [expected]}
+
+
+def test_a_type_that_no_aggregate_has_is_refused(tmp_path, stores):
+    store = applied(tmp_path, "sqlite", {"seen": UnixTimestamp})
+    with pytest.raises(OnlineSinkError, match="'seen'.*declare Int64"):
+        OnlineSink(store, "activity")
+    wrong = Emission(pa.array(["ann"]), np.array([AT_US]), pa.table({"edits": pa.array(["many"])}))
+    for store in stores.values():
+        with pytest.raises(OnlineSinkError, match="declares another type"):
+            OnlineSink(store, "activity").write([wrong])

@@ -1,0 +1,125 @@
+"""The changelog of a view's features: every flushed row in a compacted Kafka topic, for readers other than Feast.
+
+The key of a record is the entity as text; its value is JSON: `{"entity": "ann", "event_time":
+"2026-01-02T03:04:05.000006+00:00", "revision": 1767323045000007, "features": {"count_added_1h": 3, ...}}`. `revision`
+is the wall clock (UTC microseconds) at which the row was published. A flush publishes the newest row of each entity.
+After a crash rows since the last checkpoint are published again, so a reader that must never step back keeps the record
+with the greatest (event_time, revision) of each key.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+
+import orjson
+from kafka import KafkaAdminClient, KafkaProducer
+from kafka.errors import KafkaError, TopicAlreadyExistsError
+
+from streaming.records import Emission
+from streaming.sinks import latest
+from streaming.sqlite_store import EPOCH
+
+log = logging.getLogger(__name__)
+
+CHUNK = 5_000
+DELIVERY_TIMEOUT_MS = 20_000
+
+
+class ChangelogSink:
+    """Publishes feature rows to a topic, which it creates with `cleanup.policy=compact` where it does not exist.
+
+    Args:
+        bootstrap_servers: `host:port,host:port`.
+        topic: `<view>.features` by convention; named by the view's tag `millrace.changelog`.
+    """
+
+    def __init__(self, bootstrap_servers: str, topic: str) -> None:
+        self._servers, self._topic = bootstrap_servers.split(","), topic
+        self._producer: KafkaProducer | None = None
+
+    def write(self, emissions: Sequence[Emission]) -> int:
+        """Publish the newest row of each entity and wait until the broker has them; returns the number of entities.
+
+        Args:
+            emissions: in the order in which they were made.
+
+        Raises:
+            KafkaError: the broker did not take them in time; publishing the same emissions again is safe.
+        """
+        newest = latest(emissions)
+        if newest is None:
+            return 0
+        try:
+            self._publish(newest)
+        except KafkaError:  # an idempotent producer may be of no use after some of them
+            self.close()
+            raise
+        return len(newest.entities)
+
+    def close(self) -> None:
+        """Leave the broker; the next `write` connects again."""
+        if self._producer is not None:
+            self._producer.close(timeout=2)
+            self._producer = None
+
+    def _publish(self, newest: Emission) -> None:
+        if self._producer is None:
+            self._producer = self._connect()
+        revision = time.time_ns() // 1_000
+        for start in range(0, len(newest.entities), CHUNK):
+            part = slice(start, start + CHUNK)
+            cells = newest.features.slice(start, CHUNK)
+            keys, values = records(Emission(newest.entities[part], newest.event_time_us[part], cells), revision)
+            sent = [
+                self._producer.send(self._topic, key=key, value=value) for key, value in zip(keys, values, strict=True)
+            ]
+            self._producer.flush(timeout=DELIVERY_TIMEOUT_MS / 1000)
+            for future in sent:
+                future.get(timeout=0)
+
+    def _connect(self) -> KafkaProducer:
+        ensure_compacted(self._servers, self._topic)
+        return KafkaProducer(
+            bootstrap_servers=self._servers,
+            enable_idempotence=True,
+            compression_type="lz4",
+            linger_ms=5,
+            delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
+            request_timeout_ms=DELIVERY_TIMEOUT_MS // 2,
+            max_block_ms=DELIVERY_TIMEOUT_MS,
+            reconnect_backoff_max_ms=1_000,
+        )
+
+
+def records(emission: Emission, revision: int) -> tuple[list[bytes], list[bytes]]:
+    """Keys and values of the records of an emission; what JSON has no number for (NaN, infinities) is null."""
+    entities = emission.entities.to_pylist()
+    times = {
+        at_us: (EPOCH + timedelta(microseconds=at_us)).isoformat() for at_us in set(emission.event_time_us.tolist())
+    }
+    values = [
+        orjson.dumps({"entity": entity, "event_time": times[at_us], "revision": revision, "features": features})
+        for entity, at_us, features in zip(
+            entities, emission.event_time_us.tolist(), emission.features.to_pylist(), strict=True
+        )
+    ]
+    return [str(entity).encode() for entity in entities], values
+
+
+def ensure_compacted(servers: Sequence[str], topic: str) -> None:
+    """Create the topic, compacted, with the broker's number of partitions; one that exists stays as it is.
+
+    Raises:
+        KafkaError: no broker answered.
+    """
+    admin = KafkaAdminClient(bootstrap_servers=list(servers), bootstrap_timeout_ms=DELIVERY_TIMEOUT_MS)
+    try:
+        if topic in admin.list_topics():
+            return
+        log.info("creating a compacted topic", extra={"topic": topic})
+        with suppress(TopicAlreadyExistsError):  # another worker was faster
+            admin.create_topics({topic: {"configs": {"cleanup.policy": "compact"}}}, wait_for_metadata=True)
+    finally:
+        admin.close()
