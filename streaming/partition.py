@@ -70,6 +70,12 @@ class Partition:
         """What has been done since the first record."""
         return Counters(self._processed, self._dead, self._late, len(self._keys))
 
+    @property
+    def state_bytes(self) -> int:
+        """Memory held by the arrays of the state."""
+        arrays = [*self._keys.state(), self._due_us, *(a for ring in self._rings for a in ring.state(len(self._keys)))]
+        return sum(array.nbytes for array in arrays)
+
     def process(self, batch: RecordBatch, now_us: int) -> list[Reject]:
         """Takes the records of all `pieces` and returns those that changed nothing, in offset order."""
         return [reject for rejects in self.pieces(batch, now_us) for reject in rejects]
@@ -77,8 +83,9 @@ class Partition:
     def pieces(self, batch: RecordBatch, now_us: int) -> Iterator[list[Reject]]:
         """Takes records in offset order, piece by piece; those below `next_offset` were taken before and are skipped.
 
-        A piece ends where the clock enters another pane of the shortest slide. Who emits after each piece gets the
-        features as they were once in every pane, whatever the size of the batches.
+        A piece ends where the clock enters another pane of the shortest slide; where the first record does so, the
+        first piece is empty. Who emits after each piece but the last of a batch gets the features as they were once in
+        every pane, whatever the size of the batches.
 
         Args:
             batch: Of this partition.
@@ -103,6 +110,8 @@ class Partition:
         rejects.sort(key=lambda reject: reject.offset)
         panes = (marks + self.plan.delay_us) // slides[0]
         ends = [*(np.flatnonzero(np.diff(panes)) + 1).tolist(), len(marks)]
+        if self.clock_us > -NEVER_US and panes[0] != self.clock_us // slides[0]:
+            yield []
         for start, end in pairwise([0, *ends]):
             rows = slice(start, end)
             for ring in self._rings:
@@ -161,14 +170,18 @@ class Partition:
         }
         return b"".join([_MAGIC, json.dumps(header).encode(), b"\n", *(array.tobytes() for array in arrays)])
 
+    def delta(self) -> bytes:
+        """What changed since the last `snapshot` or `delta` of this object."""
+        return self.snapshot()
+
     @classmethod
-    def restore(cls, plan: Plan, partition: int, data: bytes, epoch: int = 0) -> "Partition":
-        """The partition that gave a snapshot.
+    def restore(cls, plan: Plan, partition: int, snapshot: bytes, *deltas: bytes) -> "Partition":
+        """The partition that gave a snapshot and then the deltas.
 
         Raises:
             StateError: It is of another plan, partition or version, or cut short.
         """
-        header, arrays = _read_snapshot(data)
+        header, arrays = _read_snapshot(deltas[-1] if deltas else snapshot)
         where = f"The state of partition {partition} of view '{plan.view}'"
         if header["fingerprint"] != plan.fingerprint:
             raise StateError(
@@ -178,7 +191,7 @@ class Partition:
             raise StateError(
                 f"{where} is that of partition {header['partition']}: the checkpoint is in the wrong place."
             )
-        restored = cls(plan, partition, epoch)
+        restored = cls(plan, partition)
         restored.next_offset = header["next_offset"]
         restored.clock_us = header["clock_us"]
         restored._last_event_clock_us, restored._last_event_now_us = header["last_event"]

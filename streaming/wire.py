@@ -48,7 +48,7 @@ class Consumer:
 
     def __init__(self, bootstrap_servers: str, topic: str, group: str, columnar: bool = True) -> None:
         self.topic = topic
-        self.lost = 0
+        self.lost: dict[int, int] = {}
         self._ends: dict[int, int] = {}
         self._kafka = KafkaConsumer(
             bootstrap_servers=bootstrap_servers.split(","),
@@ -88,7 +88,7 @@ class Consumer:
                 " the topic was deleted and made again; remove the checkpoints of its views to start anew."
             )
         if start < earliest:
-            self.lost += earliest - start
+            self.lost[partition] = self.lost.get(partition, 0) + earliest - start
             log.warning(
                 "records removed by retention before they were read",
                 extra={"topic": self.topic, "partition": partition, "offset": start, "lost": earliest - start},
