@@ -104,7 +104,6 @@ class Worker:
 
     Args:
         plan: what to compute.
-        epoch: newer than that of every worker that held these partitions before.
         source: where records come from.
         online: where the newest row of each entity goes.
         offline: where every row goes.
@@ -123,7 +122,6 @@ class Worker:
     def __init__(
         self,
         plan: Plan,
-        epoch: int = 1,
         *,
         source: Source,
         online: Online,
@@ -139,7 +137,6 @@ class Worker:
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.plan = plan
-        self.epoch = epoch
         self.stream = stream_name(plan)
         self.measures = Measures()
         self._source, self._online, self._offline = source, online, offline
@@ -158,7 +155,7 @@ class Worker:
         )
         self._cadence = Cadence(flush_s, monotonic_s())
         self._held: dict[int, _Held] = {}
-        self._wanted: dict[int, int] | None = None
+        self._wanted: tuple[dict[int, int], bool] | None = None
         self._unflushed: list[Emission] = []
         self._refused: list[Reject] = []
         self._new_rows = self._captured_rows = 0
@@ -167,8 +164,8 @@ class Worker:
         self._started_s = self._ended_s = 0.0
         self._status: dict[int, dict[str, Any]] = {}
 
-    def start(self, partitions: Iterable[int]) -> None:
-        """Take the partitions over: claim, restore, remove offline parts beyond the checkpoint, seek.
+    def start(self, partitions: Mapping[int, int]) -> None:
+        """Take partitions over (number to epoch): claim, restore, remove offline parts beyond the checkpoint, seek.
 
         Raises:
             StaleEpochError: a newer worker has them.
@@ -176,14 +173,20 @@ class Worker:
             StateError: a checkpoint that does not fit the plan.
         """
         self._started_s = self._ended_s = self._monotonic_s()
-        self._reassign(dict.fromkeys(partitions, self.epoch))
+        self._reassign(partitions)
 
-    def assign(self, partitions: Mapping[int, int]) -> None:
-        """Let the next steps change to these partitions (number to epoch of this owner); safe from another thread.
+    def assign(self, partitions: Mapping[int, int], discard: bool = False) -> None:
+        """Let the next step change to these partitions; safe from another thread.
 
-        Those that leave are flushed and checkpointed first, those that come are taken over as by `start`.
+        Each number comes with the epoch of this owner, 0 for the next that nobody has had. Those that leave are flushed
+        and checkpointed first, or discarded where somebody else has them already; those that come are taken over as by
+        `start`.
         """
-        self._wanted = dict(partitions)
+        self._wanted = dict(partitions), discard
+
+    def holds(self) -> set[int]:
+        """The partitions that this worker has; safe to call from another thread."""
+        return set(self._held.copy())
 
     def step(self, timeout_s: float = POLL_S) -> int:
         """Poll once, process what came, write what is due; returns the number of records read.
@@ -197,7 +200,7 @@ class Worker:
         """
         if self._wanted is not None:
             wanted = self._wanted
-            self._reassign(wanted)
+            self._reassign(*wanted)
             if self._wanted is wanted:  # else it was changed meanwhile
                 self._wanted = None
         now_s = self._monotonic_s()
@@ -287,7 +290,7 @@ class Worker:
                 time.sleep(pause_s) if stop.is_set() else stop.wait(pause_s)
                 pause_s = min(2 * pause_s, BACKOFF_S[1])
         self._refresh_status()
-        log.info("stopped", extra={"view": self.plan.view, "epoch": self.epoch})
+        log.info("stopped", extra={"view": self.plan.view})
 
     def status(self) -> dict[int, dict[str, Any]]:
         """Partition to its figures, at most a second old; safe to call from another thread."""
@@ -299,11 +302,14 @@ class Worker:
         self._rejects.close()
         self._source.close()
 
-    def _reassign(self, wanted: Mapping[int, int]) -> None:
+    def _reassign(self, wanted: Mapping[int, int], discard: bool = False) -> None:
         """Let the partitions go that are not wanted, and take those that are new."""
+        if any(number > 0 for number in wanted):
+            self._keys = self._keys or KeyCheck(self.plan)  # also of a topic that had one partition when this began
         leaving = self._held.keys() - wanted.keys()
         if leaving:
-            self.checkpoint()
+            if not discard:
+                self.checkpoint()
             self._let_go(leaving)
         coming = [number for number in wanted if number not in self._held]
         self._source.assign([*self._held, *coming])
@@ -312,6 +318,7 @@ class Worker:
         self._refresh_status()
 
     def _take(self, number: int, epoch: int) -> None:
+        epoch = epoch or 1 + self._checkpoints.epoch(self.stream, number)
         self._checkpoints.claim(self.stream, number, epoch)
         partition, offset, restored = self._restore(number)
         now_s = self._monotonic_s()
@@ -331,7 +338,7 @@ class Worker:
         return partition, saved.offset, True
 
     def _let_go(self, numbers: Iterable[int]) -> None:
-        for number in list(numbers):
+        for number in self._held.keys() & set(numbers):
             log.info("partition let go", extra=self._about(number))
             del self._held[number]
         self._source.assign(self._held)
@@ -439,7 +446,8 @@ class Worker:
         self._ended_s = self._monotonic_s()
         self.measures.saved(saved.seconds)
         for number, offset in saved.offsets.items():
-            self._held[number].saved_offset, self._held[number].saved_s = offset, self._ended_s
+            if held := self._held.get(number):
+                held.saved_offset, held.saved_s = offset, self._ended_s
         self._source.commit(saved.offsets)
         for number, error in saved.lost.items():
             if not self._shared:

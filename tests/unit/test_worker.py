@@ -219,7 +219,6 @@ class World:
         ticks = count()
         worker = Worker(
             PLAN,
-            epoch or next(self.epochs),
             source=steps.watch(self.source, "poll", "commit"),
             online=steps.watch(OnlineSink(self.store, "activity"), "write", "sync"),
             offline=steps.watch(OfflineLog(str(self.folder / "offline"), "edits", "user"), "write"),
@@ -231,7 +230,7 @@ class World:
             monotonic_s=lambda: next(ticks) * 0.05,
             **options,
         )
-        worker.start(self.logs if partitions is None else partitions)
+        worker.start(dict.fromkeys(self.logs if partitions is None else partitions, epoch or next(self.epochs)))
         return worker
 
     def outcome(self):
