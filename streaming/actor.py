@@ -59,6 +59,8 @@ class StreamActor:
     def __init__(self, config: RepoConfig, settings: Settings, assignments: list[Assignment]) -> None:
         log_to_stderr()
         self._config, self._settings, self._assignments = config, settings, assignments
+        self._wanted: Mapping[str, Mapping[int, int]] = {one.plan.view: one.partitions for one in assignments}
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._workers: dict[str, Worker] = {}
         self._failures: list[Exception] = []
@@ -76,8 +78,10 @@ class StreamActor:
         members: list[GroupMember] = []
         for assignment in self._assignments:
             worker = open_worker(store, assignment, self._settings)
-            self._workers[assignment.plan.view] = worker
-            worker.start(assignment.partitions)
+            with self._lock:
+                self._workers[assignment.plan.view] = worker
+                partitions = self._wanted.get(assignment.plan.view, {})
+            worker.start(partitions)
             if self._settings.by_group:
                 members.append(join_group(worker))
         threads = [threading.Thread(target=self._work, args=(worker,)) for worker in self._workers.values()]
@@ -98,8 +102,10 @@ class StreamActor:
 
     def assign(self, partitions: Mapping[str, Mapping[int, int]]) -> None:
         """Change to these partitions (view to partition to epoch) as soon as the steps at hand are done."""
-        for view, worker in self._workers.items():
-            worker.assign(partitions.get(view, {}))
+        with self._lock:
+            self._wanted = partitions
+            for view, worker in self._workers.items():
+                worker.assign(partitions.get(view, {}))
 
     def stop(self) -> None:
         """Finish the step at hand, checkpoint and let `run` return."""
