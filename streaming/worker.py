@@ -9,20 +9,18 @@ the offline part and the checkpoint from these while the loop goes on (`saving.S
 """
 
 import logging
-import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 from kafka.errors import KafkaError
 
 from streaming.cadence import Cadence
 from streaming.checkpoint import CheckpointStore
+from streaming.holding import Held, Online, Rejects, Source
 from streaming.keyed import KeyCheck
 from streaming.metrics import Measures
 from streaming.offline import OfflineLog
@@ -48,55 +46,8 @@ SQLITE_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, 
 RETRIED = (KafkaError, sqlite3.OperationalError, OSError)
 
 
-class Source(Protocol):
-    """What a worker needs of a consumer (`wire.Consumer`)."""
-
-    lost: dict[int, int]
-
-    def assign(self, partitions: Iterable[int]) -> None: ...  # noqa: D102
-    def seek(self, partition: int, offset: int | None) -> int: ...  # noqa: D102
-    def poll(self, timeout_s: float, max_records: int) -> list[RecordBatch]: ...  # noqa: D102
-    def position(self, partition: int) -> int: ...  # noqa: D102
-    def lag(self) -> dict[int, int]: ...  # noqa: D102
-    def end_offsets(self) -> dict[int, int]: ...  # noqa: D102
-    def commit(self, offsets: Mapping[int, int]) -> None: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
-
-
-class Online(Protocol):
-    """What a worker needs of an online sink (`sinks.OnlineSink`); `sync` is called from another thread."""
-
-    def write(self, emissions: list[Emission]) -> int: ...  # noqa: D102
-    def sync(self) -> None: ...  # noqa: D102
-
-
-class Rejects(Protocol):
-    """What a worker needs of a reject log (`rejects.RejectLog`)."""
-
-    def write(self, rejects: list[Reject]) -> None: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
-
-
 class SavingError(OSError):
     """Offline part or checkpoint could not be written; it will be tried again, and the loop may go on meanwhile."""
-
-
-@dataclass
-class _Held:
-    """A partition and what waits to reach the offline log and the next checkpoint."""
-
-    partition: Partition
-    epoch: int
-    captured_offset: int
-    saved_offset: int
-    saved_s: float
-    restored: int
-    rows: list[tuple[Emission, int]] = field(default_factory=list)
-    last_record_s: float = 0.0
-    dirty: bool = True  # a restored partition may hold what was due and not emitted
-    unchained: bool = False  # its last snapshot is not the last checkpoint
-    suspect_until: int = -1  # records up to this offset are tried on a copy first
-    checkpoint_bytes: int | None = None
 
 
 class Worker:
@@ -154,7 +105,7 @@ class Worker:
             monotonic_s=monotonic_s,
         )
         self._cadence = Cadence(flush_s, monotonic_s())
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, Held] = {}
         self._wanted: tuple[dict[int, int], bool] | None = None
         self._unflushed: list[Emission] = []
         self._refused: list[Reject] = []
@@ -323,7 +274,7 @@ class Worker:
         partition, offset, restored = self._restore(number)
         now_s = self._monotonic_s()
         processed = partition.counters.processed
-        self._held[number] = _Held(partition, epoch, offset, offset, now_s, processed, last_record_s=now_s)
+        self._held[number] = Held(partition, epoch, offset, offset, now_s, processed, last_record_s=now_s)
         log.info("partition taken", extra=self._about(number) | {"offset": offset, "restored": restored})
 
     def _restore(self, number: int) -> tuple[Partition, int, bool]:
@@ -365,14 +316,14 @@ class Worker:
         self._cadence.read(len(batch.offsets))
         self.measures.read(batch)
 
-    def _pieces(self, held: _Held, batch: RecordBatch) -> Iterator[list[Reject]]:
+    def _pieces(self, held: Held, batch: RecordBatch) -> Iterator[list[Reject]]:
         now_us = self._wall_us()
         if int(batch.offsets[0]) > held.suspect_until:
             return feed(held.partition, batch, now_us)
         held.unchained = True
         return without(held.partition, batch, now_us, poisonous(held.partition, batch, now_us))
 
-    def _rewind(self, held: _Held, last: int, error: SpoiledError) -> None:
+    def _rewind(self, held: Held, last: int, error: SpoiledError) -> None:
         """Go back to the last checkpoint; from there to the failing batch's end, records are tried on copies first."""
         number = held.partition.partition
         if held.suspect_until >= last:
@@ -394,7 +345,7 @@ class Worker:
                 held.dirty = True
             held.last_record_s = now_s
 
-    def _emit(self, held: _Held) -> None:
+    def _emit(self, held: Held) -> None:
         emission = held.partition.emit()
         held.dirty = False
         if len(emission.entities):
@@ -467,35 +418,12 @@ class Worker:
     def _refresh_status(self) -> None:
         now_s, now_us = self._monotonic_s(), self._wall_us()
         self._next_status_s = now_s + STATUS_S
-        lags = self._source.lag()
-        heartbeat = datetime.fromtimestamp(now_us / 1e6, UTC).isoformat()
-        status = {}
-        for number, held in self._held.items():
-            partition, counters = held.partition, held.partition.counters
-            lag = lags.get(number, 0)
-            timed = abs(partition.clock_us) < 1 << 60
-            status[number] = {
-                "offset": held.saved_offset,
-                "end": self._source.position(number) + lag,
-                "lag": lag,
-                "watermark": _iso(partition.watermark_us),
-                "watermark_s": partition.watermark_us / 1e6 if timed else None,
-                "event_lag_s": round((now_us - partition.clock_us) / 1e6, 3) if timed else None,
-                "processed": counters.processed - counters.dead - counters.late,
-                "dead": counters.dead,
-                "late": counters.late,
-                "lost": self._source.lost.get(number, 0),
-                "keys": counters.keys,
-                "state_bytes": partition.state_bytes,
-                "checkpoint_bytes": held.checkpoint_bytes,
-                "checkpoint_age_s": round(now_s - held.saved_s, 3),
-                "read": counters.processed - held.restored,
-                "seconds": self._ended_s - self._started_s,
-                "epoch": held.epoch,
-                "pid": os.getpid(),
-                "heartbeat": heartbeat,
-            }
-        self._status = status
+        lags, lost, seconds = self._source.lag(), self._source.lost, self._ended_s - self._started_s
+        self._status = {
+            number: held.figures(self._source.position(number), lags.get(number, 0), lost.get(number, 0), now_us, now_s)
+            | {"seconds": seconds}
+            for number, held in self._held.items()
+        }
 
     def _about(self, number: int) -> dict[str, object]:
         held = self._held.get(number)
@@ -505,11 +433,3 @@ class Worker:
 def stream_name(plan: Plan) -> str:
     """Name of a plan's checkpoints: a view that is computed differently starts anew from the topic."""
     return f"{plan.view}-{plan.fingerprint[:12]}"
-
-
-def _iso(time_us: int) -> str | None:
-    """ISO 8601 UTC; None for a clock that no event has set."""
-    try:
-        return datetime.fromtimestamp(time_us / 1e6, UTC).isoformat()
-    except (OverflowError, ValueError, OSError):
-        return None

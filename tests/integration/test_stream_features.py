@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -318,6 +319,6 @@ def test_partitions_that_move_during_a_replay_lose_nothing_and_count_nothing_twi
 
 def overlapping(folder: Path) -> list:
     """Neighbouring parts of the offline log that hold a record both."""
-    parts = [path.stem.rsplit("-", 3)[1:] for path in folder.glob("data/log/*.parquet") if "--" not in path.stem]
-    spans = sorted((int(partition), int(first), int(end)) for partition, first, end in parts)
+    parts = [re.search(r"-(\d{5})-(\d+)-(\d+)\.parquet", path.name) for path in folder.glob("data/log/*.parquet")]
+    spans = sorted(tuple(map(int, part.groups())) for part in parts if part)
     return [(one, two) for one, two in pairwise(spans) if one[0] == two[0] and one[2] > two[1] and two[2] > two[1]]
