@@ -107,6 +107,7 @@ class Worker:
         self._cadence = Cadence(flush_s, monotonic_s())
         self._held: dict[int, Held] = {}
         self._wanted: tuple[dict[int, int], bool] | None = None
+        self._spoiled: dict[int, int] = {}
         self._unflushed: list[Emission] = []
         self._refused: list[Reject] = []
         self._new_rows = self._captured_rows = 0
@@ -154,6 +155,7 @@ class Worker:
             self._reassign(*wanted)
             if self._wanted is wanted:  # else it was changed meanwhile
                 self._wanted = None
+        self._rewind()
         now_s = self._monotonic_s()
         full = self._new_rows + self._captured_rows > PENDING_ROWS or len(self._refused) > PENDING_REJECTS
         batches: list[RecordBatch] = []
@@ -162,7 +164,9 @@ class Worker:
                 timeout_s = min(timeout_s, max(0.0, self._cadence.flush_in_s(now_s, 0)))
             batches = self._source.poll(timeout_s, RECORDS_A_BATCH)
         for batch in batches:
-            self._process(batch)
+            if batch.partition not in self._spoiled:  # else it is read again from the checkpoint
+                self._process(batch)
+        self._rewind()
         if self._ticking:
             self._tick()
         crowded = full or self._new_rows > PENDING_ROWS // 2
@@ -199,6 +203,7 @@ class Worker:
             KafkaError, sqlite3.OperationalError, OSError: something is away; nothing is lost, call again later.
             StaleEpochError: a newer worker has taken a partition over.
         """
+        self._rewind()
         self.flush()
         self._drain()
         self._capture()
@@ -292,6 +297,7 @@ class Worker:
         for number in self._held.keys() & set(numbers):
             log.info("partition let go", extra=self._about(number))
             del self._held[number]
+            self._spoiled.pop(number, None)
         self._source.assign(self._held)
         self._count_rows()
 
@@ -310,7 +316,10 @@ class Worker:
                 if held.partition.next_offset <= last:  # the rest of the batch lies in another pane
                     self._emit(held)
         except SpoiledError as error:
-            self._rewind(held, last, error)
+            if held.suspect_until >= last:
+                raise
+            log.error("going back to the last checkpoint", extra=self._about(batch.partition) | {"error": str(error)})
+            self._spoiled[batch.partition], held.dirty = last, False
             return
         held.last_record_s = self._monotonic_s()
         self._cadence.read(len(batch.offsets))
@@ -323,15 +332,16 @@ class Worker:
         held.unchained = True
         return without(held.partition, batch, now_us, poisonous(held.partition, batch, now_us))
 
-    def _rewind(self, held: Held, last: int, error: SpoiledError) -> None:
-        """Go back to the last checkpoint; from there to the failing batch's end, records are tried on copies first."""
-        number = held.partition.partition
-        if held.suspect_until >= last:
-            raise error
-        log.error("going back to the last checkpoint", extra=self._about(number) | {"error": str(error)})
+    def _rewind(self) -> None:
+        """Restore spoiled partitions; up to the failing batch's end, their records are then tried on copies first."""
+        if not self._spoiled:
+            return
         self._drain()
-        held.partition, held.captured_offset, _ = self._restore(number)
-        held.saved_offset, held.rows, held.dirty, held.suspect_until = held.captured_offset, [], True, last
+        for number, last in list(self._spoiled.items()):
+            held = self._held[number]
+            held.partition, held.captured_offset, _ = self._restore(number)
+            held.saved_offset, held.rows, held.dirty, held.suspect_until = held.captured_offset, [], True, last
+            del self._spoiled[number]
         self._count_rows()
 
     def _tick(self) -> None:

@@ -84,7 +84,7 @@ class Inline(Executor):
 class Memory:
     """A topic in memory: a crash is put between any two steps below, which a broker would make slow and random."""
 
-    polled = 7
+    polled, batches = 7, 1
 
     def __init__(self, logs=HISTORY):
         self.logs, self.at, self.committed, self.turn, self.lost = logs, {}, {}, count(), {}
@@ -99,10 +99,14 @@ class Memory:
     def poll(self, timeout_s, max_records):
         for _ in self.at:
             partition = list(self.at)[next(self.turn) % len(self.at)]
-            rows = self.logs[partition][self.at[partition] : self.at[partition] + self.polled]
-            if rows:
-                self.at[partition] += len(rows)
-                return [batch(partition, self.at[partition] - len(rows), rows)]
+            found = []
+            for _ in range(self.batches):
+                rows = self.logs[partition][self.at[partition] : self.at[partition] + self.polled]
+                if rows:
+                    self.at[partition] += len(rows)
+                    found.append(batch(partition, self.at[partition] - len(rows), rows))
+            if found:
+                return found
         return []
 
     def position(self, partition):
@@ -538,7 +542,10 @@ class Fragile(Partition):
 
 
 @pytest.mark.parametrize("kinds", [("early", "early"), ("half-way", "half-way"), ("early", "half-way")])
-def test_records_that_make_the_computation_raise_are_dead_lettered_alone(tmp_path, applied, monkeypatch, kinds):
+@pytest.mark.parametrize("batches", [1, 3])
+def test_records_that_make_the_computation_raise_are_dead_lettered_alone(
+    tmp_path, applied, monkeypatch, kinds, batches
+):
     rows = [record("ann", 0.25 * n, n) for n in range(30)]
     poison = dict(zip((9, 18), kinds, strict=True))
     nulled = [(key, None if at in poison else value) for at, (key, value) in enumerate(rows)]
@@ -547,7 +554,9 @@ def test_records_that_make_the_computation_raise_are_dead_lettered_alone(tmp_pat
     monkeypatch.setattr(Fragile, "poison", poison)
     monkeypatch.setattr(worker_module, "Partition", Fragile)
     world = World(tmp_path / "poison", applied, logs={0: rows})
-    status = finish(world.worker())
+    worker = world.worker()
+    world.source.batches = batches
+    status = finish(worker)
     assert (status[0]["processed"], status[0]["dead"], status[0]["lag"]) == (28, 2, 0)
     (online, offline, saved, rejects), expected = world.outcome(), clean.outcome()
     assert (online, offline, saved) == expected[:3]
