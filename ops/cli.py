@@ -144,7 +144,8 @@ def lag_lines(status: Path) -> list[str]:
         return []
     return [
         f"{view} partition {partition}: lag {state['lag']}, processed {state['processed']}, "
-        f"dead {state['dead']}, late {state['late']}"
+        f"dead {state['dead']}, late {state['late']}, watermark {state.get('watermark') or '-'}, "
+        f"checkpoint {state.get('checkpoint_age_s', '-')} s ago, worker {state.get('pid', '-')}"
         for view, partitions in report.get("views", {}).items()
         for partition, state in sorted(partitions.items(), key=lambda item: int(item[0]))
     ]

@@ -11,7 +11,9 @@ from ops.environment import Environment
 from ops.jobs import JobError, parser, ray_session, run
 from streaming.logs import log_to_stderr
 from streaming.plan import plans
+from streaming.report import write_workers
 from streaming.supervisor import Supervisor
+from streaming.worker import FLUSH_S
 
 
 def arguments() -> argparse.Namespace:
@@ -20,6 +22,19 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--repo", type=Path, default=Path("feature_repo"), help="folder of a Feast repository")
     options.add_argument("--views", help="comma-separated stream feature views (default: all)")
     options.add_argument("--workers", type=int, default=1, help="actors that share the partitions (default 1)")
+    options.add_argument("--scale", type=int, metavar="N", help="let the running stream go on with N workers, and end")
+    options.add_argument(
+        "--assignment",
+        choices=["static", "group"],
+        default="static",
+        help="who deals the partitions: this job, or a Kafka consumer group that other jobs may join (default static)",
+    )
+    options.add_argument(
+        "--flush-ms",
+        type=float,
+        default=1000 * FLUSH_S,
+        help="pause between writes to the online store while a worker keeps up (default %(default)g)",
+    )
     options.add_argument("--until-caught-up", action="store_true", help="end when nothing is left to read")
     return options.parse_args()
 
@@ -29,6 +44,13 @@ def main() -> dict[str, object]:
     args = arguments()
     environment = Environment.read()
     environment.export()
+    if args.scale is not None:
+        if args.scale < 1:
+            raise JobError(f"A stream needs at least one worker, not {args.scale}.")
+        write_workers(environment.home / "stream", args.scale)
+        return {"workers": args.scale}
+    if args.flush_ms < 0:
+        raise JobError(f"--flush-ms must not be below 0: it is {args.flush_ms:g}.")
     repo = args.repo.expanduser().absolute()
     if not (repo / "feature_store.yaml").is_file():
         raise JobError(f"There is no feature_store.yaml in {repo}: give --repo the folder of a Feast repository.")
@@ -43,6 +65,8 @@ def main() -> dict[str, object]:
         workers=args.workers,
         until_caught_up=args.until_caught_up,
         bootstrap_servers=environment.kafka_bootstrap_servers,
+        flush_s=args.flush_ms / 1000,
+        by_group=args.assignment == "group",
     )
     with ray_session():
         for number in (signal.SIGTERM, signal.SIGINT):

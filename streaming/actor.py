@@ -2,13 +2,17 @@
 
 import logging
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ray
 from feast import FeatureStore, FileSource, RepoConfig
 
 from streaming.checkpoint import CheckpointStore
+from streaming.group import GroupMember
 from streaming.logs import log_to_stderr
+from streaming.metrics import StreamMetrics, serve
 from streaming.offline import OfflineLog
 from streaming.plan import Plan
 from streaming.rejects import RejectLog
@@ -19,32 +23,48 @@ from streaming.worker import Worker
 log = logging.getLogger(__name__)
 
 
+class Settings(NamedTuple):
+    """What all actors of a stream have in common.
+
+    Attributes:
+        home: Folder under which checkpoints are kept.
+        flush_s: Pause between writes to the online store.
+        until_caught_up: End when nothing is left to read.
+        by_group: Partitions come from a Kafka consumer group.
+    """
+
+    home: str
+    flush_s: float
+    until_caught_up: bool = False
+    by_group: bool = False
+
+
 class Assignment(NamedTuple):
-    """What one actor computes of one view."""
+    """What one actor computes of one view: partition to epoch, and whether records must be keyed by the entity."""
 
     plan: Plan
-    partitions: tuple[int, ...]
-    epoch: int
+    partitions: Mapping[int, int]
     keyed: bool
 
 
 class StreamActor:
-    """Runs the workers of its assignments, one thread each; meant to be a Ray actor with a few concurrent calls.
+    """Runs a worker for each view, one thread each; meant to be a Ray actor with a few concurrent calls.
 
     Args:
         config: the Feast repository's configuration, with its environment variables already filled in.
-        home: folder under which checkpoints are kept.
-        assignments: views and partitions.
-        until_caught_up: end when nothing is left to read.
+        settings: what all actors have in common.
+        assignments: views and partitions to begin with.
     """
 
-    def __init__(self, config: RepoConfig, home: str, assignments: list[Assignment], until_caught_up: bool) -> None:
+    def __init__(self, config: RepoConfig, settings: Settings, assignments: list[Assignment]) -> None:
         log_to_stderr()
-        self._config, self._home, self._assignments = config, home, assignments
-        self._until_caught_up = until_caught_up
+        self._config, self._settings, self._assignments = config, settings, assignments
+        self._wanted: Mapping[str, Mapping[int, int]] = {one.plan.view: one.partitions for one in assignments}
+        self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._workers: list[Worker] = []
+        self._workers: dict[str, Worker] = {}
         self._failures: list[Exception] = []
+        self._metrics = ""
 
     def run(self) -> dict[str, dict[int, dict[str, Any]]]:
         """Work until `stop` or until caught up; returns the last `status`.
@@ -53,20 +73,39 @@ class StreamActor:
             ValueError: something that trying again cannot help, in one sentence.
         """
         store = FeatureStore(repo_path=str(self._config.repo_path), config=self._config)
+        metrics = StreamMetrics(self.status, lambda: {view: one.measures for view, one in self._workers.items()})
+        self._metrics, stop_metrics = serve(metrics, str(ray.util.get_node_ip_address()))  # type: ignore[no-untyped-call]
+        members: list[GroupMember] = []
         for assignment in self._assignments:
-            worker = open_worker(store, assignment, Path(self._home), ticking=not self._until_caught_up)
-            self._workers.append(worker)
-            worker.start(assignment.partitions)
-        threads = [threading.Thread(target=self._work, args=(worker,)) for worker in self._workers]
+            worker = open_worker(store, assignment, self._settings)
+            with self._lock:
+                self._workers[assignment.plan.view] = worker
+                partitions = self._wanted.get(assignment.plan.view, {})
+            worker.start(partitions)
+            if self._settings.by_group:
+                members.append(join_group(worker))
+        threads = [threading.Thread(target=self._work, args=(worker,)) for worker in self._workers.values()]
         for thread in threads:
             thread.start()
+        for member in members:
+            member.start()
         for thread in threads:
             thread.join()
-        for worker in self._workers:
+        for member in members:
+            member.stop()
+        for worker in self._workers.values():
             worker.close()
+        stop_metrics()
         if self._failures:
             raise self._failures[0]
         return self.status()
+
+    def assign(self, partitions: Mapping[str, Mapping[int, int]]) -> None:
+        """Change to these partitions (view to partition to epoch) as soon as the steps at hand are done."""
+        with self._lock:
+            self._wanted = partitions
+            for view, worker in self._workers.items():
+                worker.assign(partitions.get(view, {}))
 
     def stop(self) -> None:
         """Finish the step at hand, checkpoint and let `run` return."""
@@ -74,31 +113,45 @@ class StreamActor:
 
     def status(self) -> dict[str, dict[int, dict[str, Any]]]:
         """View to partition to figures; answers while `run` works."""
-        return {worker.plan.view: worker.status() for worker in self._workers}
+        return {
+            view: {number: figures | {"metrics": self._metrics} for number, figures in worker.status().items()}
+            for view, worker in list(self._workers.items())
+        }
 
     def _work(self, worker: Worker) -> None:
         try:
-            worker.run(self._stop, self._until_caught_up)
+            worker.run(self._stop, self._settings.until_caught_up)
         except Exception as error:
             log.exception("worker failed", extra={"view": worker.plan.view})
             self._failures.append(error)
             self._stop.set()
 
 
-def open_worker(store: FeatureStore, assignment: Assignment, home: Path, ticking: bool) -> Worker:
+def open_worker(store: FeatureStore, assignment: Assignment, settings: Settings) -> Worker:
     """A worker with its consumer and sinks, not started."""
-    plan = assignment.plan
+    plan, home = assignment.plan, Path(settings.home)
     return Worker(
         plan,
-        assignment.epoch,
         source=Consumer(plan.bootstrap_servers, plan.topic, group=f"millrace-{plan.view}"),
         online=OnlineSink(store, plan.view),
         offline=open_offline_log(store, plan, home),
         rejects=RejectLog(plan.bootstrap_servers, plan.topic, plan.view),
         checkpoints=CheckpointStore(checkpoint_uri(home)),
-        ticking=ticking,
+        ticking=not settings.until_caught_up,
         keyed=assignment.keyed,
+        shared=settings.by_group,
+        flush_s=settings.flush_s,
     )
+
+
+def join_group(worker: Worker) -> GroupMember:
+    """A member of the view's consumer group that gives the worker its partitions, not started."""
+
+    def assign(numbers: set[int], lost: bool) -> None:
+        worker.assign(dict.fromkeys(numbers, 0), discard=lost)
+
+    plan = worker.plan
+    return GroupMember(plan.bootstrap_servers, f"millrace-{plan.view}-workers", plan.topic, assign, worker.holds)
 
 
 def open_offline_log(store: FeatureStore, plan: Plan, home: Path) -> OfflineLog:

@@ -1,17 +1,17 @@
 """Spreads the partitions of all views over worker actors, starts killed ones again, and tells how it goes.
 
 A restarted worker gets a newer epoch, so the one that it replaces can write nothing more should it still live.
-`status.json` under the home's `stream` folder is rewritten every second: views, partitions, lags, counts, heartbeats.
+Under the home's `stream` folder lie `status.json` (rewritten every second: views, partitions, lags, counts,
+heartbeats), `prometheus.json` (where the workers serve their metrics, for Prometheus' file_sd_configs) and `workers`:
+how many there should be; who writes another number there changes it while the stream runs. A partition that moves is
+let go by its worker, which flushes and checkpoints it, before another one takes it.
 """
 
 import dataclasses
-import json
 import logging
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ from kafka.errors import KafkaError
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from streaming import events
-from streaming.actor import Assignment, StreamActor, checkpoint_uri
-from streaming.checkpoint import CheckpointStore
+from streaming.actor import Assignment, Settings, StreamActor, checkpoint_uri
+from streaming.checkpoint import CheckpointStore, StaleEpochError
 from streaming.plan import Plan
 from streaming.rejects import ensure_topics
-from streaming.worker import stream_name
+from streaming.report import Report, beating, read_workers, write_workers
+from streaming.shares import Unit, deal
+from streaming.topics import TopicWatch
+from streaming.worker import FLUSH_S, stream_name
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +50,8 @@ class SupervisorError(ValueError):
 class _Member:
     """One worker actor and its history."""
 
-    shares: list[tuple[Plan, tuple[int, ...], bool]]
+    told: dict[Unit, int] = field(default_factory=dict)
+    leaving: set[Unit] = field(default_factory=set)
     actor: Any = None
     running: Any = None
     asked: Any = None
@@ -56,7 +60,12 @@ class _Member:
     restart_s: float = 0.0
     failures: int = 0
     status: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    surplus: bool = False
     done: bool = False
+
+    def shows(self, unit: Unit) -> bool:
+        """Whether its worker still had the partition when it was last heard."""
+        return self.running is not None and unit.partition in self.status.get(unit.view, {})
 
 
 class Supervisor:
@@ -67,8 +76,11 @@ class Supervisor:
         plans: what to compute.
         home: folder under which checkpoints and `status.json` are kept.
         workers: how many actors share the partitions; not more are started than there are partitions.
-        until_caught_up: end when every record that is there has been processed and checkpointed.
+        until_caught_up: end when every record that is there has been processed and checkpointed; the number of workers
+            stays as it is.
         bootstrap_servers: the broker to read from instead of the one that the views name.
+        flush_s: pause between writes to the online store of workers that keep up.
+        by_group: let a Kafka consumer group deal the partitions.
     """
 
     def __init__(
@@ -80,20 +92,30 @@ class Supervisor:
         workers: int = 1,
         until_caught_up: bool = False,
         bootstrap_servers: str | None = None,
+        flush_s: float = FLUSH_S,
+        by_group: bool = False,
     ) -> None:
         if not plans:
             raise SupervisorError("There is no stream feature view to compute: declare one and run `feast apply`.")
         if workers < 1:
             raise SupervisorError(f"A stream needs at least one worker, not {workers}.")
-        self._plans = [
-            dataclasses.replace(plan, bootstrap_servers=bootstrap_servers or plan.bootstrap_servers) for plan in plans
-        ]
+        if by_group and until_caught_up:
+            raise SupervisorError(
+                "A consumer group cannot run until caught up, because partitions come and go: leave the assignment to"
+                " the supervisor."
+            )
+        self._plans = {
+            plan.view: dataclasses.replace(plan, bootstrap_servers=bootstrap_servers or plan.bootstrap_servers)
+            for plan in plans
+        }
         self._store, self._home, self._workers = store, home.absolute(), workers
-        self._until_caught_up = until_caught_up
+        self._settings = Settings(str(self._home), flush_s, until_caught_up, by_group)
         self._checkpoints = CheckpointStore(checkpoint_uri(self._home))
-        self._members: list[_Member] = []
+        self._report = Report(self._home / "stream")
+        self._counts: dict[str, int] = {}
+        self._members: dict[int, _Member] = {}
+        self._target: dict[int, set[Unit]] = {}
         self._stopping = False
-        self._first: dict[tuple[str, int], int] = {}
         self._next_status_s = 0.0
 
     def run(self) -> dict[str, dict[str, float]]:
@@ -105,39 +127,28 @@ class Supervisor:
         Raises:
             SupervisorError: no broker, or something that trying again cannot help.
         """
-        self._members = [_Member(shares) for shares in self._shares()]
+        self._counts = {plan.topic: self._partitions(plan) for plan in self._plans.values()}
+        write_workers(self._home / "stream", self._workers)
+        watches = [
+            TopicWatch(servers, [plan.topic for plan in self._plans.values() if plan.bootstrap_servers == servers])
+            for servers in {plan.bootstrap_servers for plan in self._plans.values()}
+        ]
+        self._scale()
         try:
-            for member in self._members:
-                self._launch(member)
-            while not all(member.done for member in self._members):
-                self._watch()
-            self._report()
+            while not all(member.done for member in self._members.values()):
+                self._watch(watches)
+            self._tell()
         finally:
-            for member in self._members:
+            for watch in watches:
+                watch.close()
+            for member in self._members.values():
                 if member.actor is not None:
                     ray.kill(member.actor)
-        return self._totals()
+        return self._report.totals(self._plans, [member.status for member in self._members.values()])
 
     def stop(self) -> None:
         """Let every worker flush and checkpoint, then `run` return; safe in a signal handler."""
         self._stopping = True
-
-    def _shares(self) -> list[list[tuple[Plan, tuple[int, ...], bool]]]:
-        """Which partitions of which views each actor takes: dealt out one by one."""
-        dealt: list[dict[int, list[int]]] = [{} for _ in range(self._workers)]
-        keyed = {}
-        turn = 0
-        for index, plan in enumerate(self._plans):
-            count = self._partitions(plan)
-            keyed[index] = count > 1
-            for partition in range(count):
-                dealt[turn % self._workers].setdefault(index, []).append(partition)
-                turn += 1
-        return [
-            [(self._plans[index], tuple(partitions), keyed[index]) for index, partitions in share.items()]
-            for share in dealt
-            if share
-        ]
 
     def _partitions(self, plan: Plan) -> int:
         """Number of partitions of a plan's topic, which is created with its reject topics if it is not there."""
@@ -155,21 +166,62 @@ class Supervisor:
                 log.warning("no broker yet", extra={"servers": plan.bootstrap_servers, "error": repr(error)})
                 time.sleep(1.0)
 
+    def _scale(self) -> None:
+        """Decide how many members there are and what each of them should have."""
+        units = [Unit(plan.view, number) for plan in self._plans.values() for number in range(self._counts[plan.topic])]
+        wanted = min(self._workers, len(units))
+        active = [at for at, member in self._members.items() if not member.surplus]
+        for at in active[wanted:]:
+            self._members[at].surplus = True
+        while len(active) < wanted:
+            at = max(self._members, default=-1) + 1
+            self._members[at] = _Member()
+            active.append(at)
+        if not self._settings.by_group:
+            self._target = deal(units, {at: self._target.get(at, set()) for at in active[:wanted]})
+        log.info("workers", extra={"workers": wanted, "partitions": len(units)})
+
+    def _settle(self) -> None:
+        """Take from each member what it should not have, and give what nobody else has any more."""
+        changed = set()
+        for at, member in self._members.items():
+            member.leaving = {unit for unit in member.leaving if member.shows(unit)}
+            excess = member.told.keys() - self._target.get(at, set())
+            if excess:
+                member.leaving |= {unit for unit in excess if member.running is not None}
+                member.told = {unit: epoch for unit, epoch in member.told.items() if unit not in excess}
+                changed.add(at)
+        taken = {unit for member in self._members.values() for unit in (*member.told, *member.leaving)}
+        for at, units in self._target.items():
+            for unit in sorted(units - taken):
+                self._members[at].told[unit] = self._next_epoch(unit)
+                changed.add(at)
+        for at in changed:
+            member = self._members[at]
+            if member.running is not None:
+                member.actor.assign.remote(_by_view(member.told))
+
+    def _next_epoch(self, unit: Unit) -> int:
+        return 1 + self._checkpoints.epoch(stream_name(self._plans[unit.view]), unit.partition)
+
     def _launch(self, member: _Member) -> None:
-        assignments = []
-        for plan, partitions, keyed in member.shares:
-            epoch = 1 + max(self._checkpoints.epoch(stream_name(plan), partition) for partition in partitions)
-            assignments.append(Assignment(plan, partitions, epoch, keyed))
+        member.told = {unit: self._next_epoch(unit) for unit in member.told}
+        shares = _by_view(member.told)
+        assignments = [
+            Assignment(plan, shares.get(view, {}), keyed=self._counts[plan.topic] > 1)
+            for view, plan in self._plans.items()
+            if view in shares or not self._settings.until_caught_up
+        ]
         options = ray.remote(StreamActor).options(num_cpus=0.2, max_restarts=0, max_concurrency=4)
-        actor: Any = options.remote(self._store.config, str(self._home), assignments, self._until_caught_up)
+        actor: Any = options.remote(self._store.config, self._settings, assignments)
         member.actor, member.running = actor, actor.run.remote()
         member.asked = None
         member.started_s = member.heard_s = time.monotonic()
-        log.info("worker started", extra={"partitions": {item.plan.view: item.partitions for item in assignments}})
+        log.info("worker started", extra={"partitions": shares})
 
-    def _watch(self) -> None:
-        """One turn: who ended, who must start again, who must stop; status now and then."""
-        active = {member.running: member for member in self._members if member.running is not None}
+    def _watch(self, watches: Sequence[TopicWatch]) -> None:
+        """One turn: who ended, who must start or stop, what moves; status now and then."""
+        active = {member.running: member for member in self._members.values() if member.running is not None}
         if active:
             ended, _ = ray.wait(list(active), num_returns=1, timeout=WAIT_S)
             for reference in ended:
@@ -177,28 +229,52 @@ class Supervisor:
         else:
             time.sleep(WAIT_S)
         now_s = time.monotonic()
-        for member in self._members:
-            if self._stopping:
+        if not self._stopping and not self._settings.until_caught_up:
+            self._follow(watches)
+        if not self._stopping and not self._settings.by_group:
+            self._settle()
+        for member in self._members.values():
+            if self._stopping or (member.surplus and not member.leaving):
                 if member.running is None:
                     member.done = True
-                elif member.actor is not None:
+                else:
                     member.actor.stop.remote()
             elif member.running is None and not member.done and now_s >= member.restart_s:
                 self._launch(member)
+        self._members = {at: one for at, one in self._members.items() if not (one.surplus and one.done)}
         if now_s >= self._next_status_s:
             self._next_status_s = now_s + STATUS_S
             self._ask()
-            self._report()
+            self._tell()
+
+    def _follow(self, watches: Sequence[TopicWatch]) -> None:
+        """See whether there should be another number of workers or are other numbers of partitions."""
+        workers = read_workers(self._home / "stream") or self._workers
+        grown: dict[str, int] = {}
+        for watch in watches:
+            grown |= {topic: count for topic, count in watch.look().items() if count > self._counts[topic]}
+        for topic, count in grown.items():
+            log.warning(
+                "the topic has more partitions: keys that moved to another partition start anew there, and their"
+                " windows are whole again after their length",
+                extra={"topic": topic, "partitions": count, "before": self._counts[topic]},
+            )
+        if grown or workers != self._workers:
+            self._counts |= grown
+            self._workers = workers
+            self._scale()
 
     def _ended(self, member: _Member) -> None:
         reference, member.running = member.running, None
         try:
             member.status = ray.get(reference)
-            self._remember(member)
+            self._report.remember(member.status)
             member.done = True
             return
         except RayTaskError as error:
-            if isinstance(error.cause, ValueError):
+            if isinstance(error.cause, StaleEpochError):
+                self._raise_if_taken(member, error.cause)
+            elif isinstance(error.cause, ValueError):
                 raise SupervisorError(str(error.cause)) from error
             reason, crashed = repr(error.cause), True
         except RayActorError as error:
@@ -212,9 +288,15 @@ class Supervisor:
         member.restart_s = time.monotonic() + pause_s
         log.error("worker ended, starting it again", extra={"pause_s": pause_s, "reason": reason})
 
+    def _raise_if_taken(self, member: _Member, error: StaleEpochError) -> None:
+        """End where an owner that is not of this stream has a partition; one of this stream is only a late loser."""
+        told = {unit: epoch for one in self._members.values() for unit, epoch in one.told.items()}
+        if any(self._next_epoch(unit) - 1 > told[unit] for unit in member.told):
+            raise SupervisorError(f"Another job computes the same view: {error}") from error
+
     def _ask(self) -> None:
         """Collect the status of each actor without waiting; one that is silent for too long is killed."""
-        for member in self._members:
+        for member in self._members.values():
             if member.running is None or member.actor is None:
                 continue
             if member.asked is None:
@@ -222,8 +304,8 @@ class Supervisor:
             try:
                 member.status = ray.get(member.asked, timeout=0.05) or member.status
                 member.asked = None
-                self._remember(member)
-                if _beating(member.status):
+                self._report.remember(member.status)
+                if beating(member.status, SILENCE_S):
                     member.heard_s = time.monotonic()
             except GetTimeoutError:
                 pass
@@ -233,46 +315,13 @@ class Supervisor:
                 log.error("worker is silent, killing it", extra={"silence_s": SILENCE_S})
                 ray.kill(member.actor)
 
-    def _remember(self, member: _Member) -> None:
-        """Keep what each partition had counted before this run, for the rate of this run."""
-        for view, partitions in member.status.items():
-            for number, figures in partitions.items():
-                total = figures["processed"] + figures["dead"] + figures["late"]
-                self._first.setdefault((view, number), total - figures["read"])
-
-    def _report(self) -> None:
-        views: dict[str, dict[int, dict[str, Any]]] = {}
-        for member in self._members:
-            for view, partitions in member.status.items():
-                views.setdefault(view, {}).update(partitions)
-        path = self._home / "stream" / "status.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        report = {"updated": datetime.now(UTC).isoformat(), "pid": os.getpid(), "views": views}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=1))
-        temporary.replace(path)
-
-    def _totals(self) -> dict[str, dict[str, float]]:
-        totals: dict[str, dict[str, float]] = {}
-        for plan in self._plans:
-            figures = {
-                number: partition
-                for member in self._members
-                for number, partition in member.status.get(plan.view, {}).items()
-            }
-            seconds = max((row["seconds"] for row in figures.values()), default=0.0)
-            names = ("processed", "dead", "late", "keys")
-            counted = {name: sum(row[name] for row in figures.values()) for name in names}
-            before = sum(self._first.get((plan.view, number), 0) for number in figures)
-            read = counted["processed"] + counted["dead"] + counted["late"] - before
-            totals[plan.view] = counted | {
-                "seconds": round(seconds, 3),
-                "events_per_s": round(read / seconds, 1) if seconds else 0.0,
-            }
-        return totals
+    def _tell(self) -> None:
+        self._report.write([member.status for member in self._members.values()])
 
 
-def _beating(status: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> bool:
-    """Whether every worker's loop has turned within the time that it may be silent."""
-    beats = [datetime.fromisoformat(row["heartbeat"]) for rows in status.values() for row in rows.values()]
-    return all((datetime.now(UTC) - beat).total_seconds() < SILENCE_S for beat in beats)
+def _by_view(units: dict[Unit, int]) -> dict[str, dict[int, int]]:
+    """View to partition to epoch."""
+    views: dict[str, dict[int, int]] = {}
+    for unit, epoch in units.items():
+        views.setdefault(unit.view, {})[unit.partition] = epoch
+    return views

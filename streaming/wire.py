@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 COLUMNAR_VERSIONS = ("3.0.",)
 BATCHES_A_POLL = 32
 RECORDS_A_CHUNK = 1_000
+LARGE_BATCH = 4_096
 MAGIC_AT, ATTRIBUTES_AT, HEADER_BYTES = 16, 21, 61
 CODEC, TRANSACTIONAL, CONTROL = 0x07, 0x10, 0x20
 CODECS = 4
@@ -48,7 +49,7 @@ class Consumer:
 
     def __init__(self, bootstrap_servers: str, topic: str, group: str, columnar: bool = True) -> None:
         self.topic = topic
-        self.lost = 0
+        self.lost: dict[int, int] = {}
         self._ends: dict[int, int] = {}
         self._kafka = KafkaConsumer(
             bootstrap_servers=bootstrap_servers.split(","),
@@ -88,7 +89,7 @@ class Consumer:
                 " the topic was deleted and made again; remove the checkpoints of its views to start anew."
             )
         if start < earliest:
-            self.lost += earliest - start
+            self.lost[partition] = self.lost.get(partition, 0) + earliest - start
             log.warning(
                 "records removed by retention before they were read",
                 extra={"topic": self.topic, "partition": partition, "offset": start, "lost": earliest - start},
@@ -256,11 +257,11 @@ def _all_plain(buffer: bytes) -> bool:
 
 
 def _packed(batches: Sequence[RecordBatch], max_records: int) -> Iterator[RecordBatch]:
-    """Neighbouring small batches of one partition joined up to `max_records`."""
+    """Neighbouring small batches of one partition joined up to `max_records`; large ones are not worth the copying."""
     group: list[RecordBatch] = []
     size = 0
     for batch in batches:
-        if group and size + len(batch.offsets) > max_records:
+        if group and (max(size, len(batch.offsets)) >= LARGE_BATCH or size + len(batch.offsets) > max_records):
             yield _joined(group)
             group, size = [], 0
         group.append(batch)

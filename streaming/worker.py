@@ -4,85 +4,50 @@ The order of every flush is what makes a crash at any point harmless. Rejects fi
 offset), then the online store (keeps the newer event time), then the offline part (named by its offsets, removed when
 it goes beyond the checkpoint), then the checkpoint (state and offset in one file), then the commit (advisory). What a
 crash loses is computed again from the checkpoint by the same kernel over the same records, so it ends the same.
-The online store is written as soon as there is something new, the last three about once a second.
+The loop writes the first two; it captures the state as bytes about once a second, after a flush, and a thread writes
+the offline part and the checkpoint from these while the loop goes on (`saving.Saver`).
 """
 
 import logging
-import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
 
-import orjson
 from kafka.errors import KafkaError
 
-from streaming.checkpoint import Checkpoint, CheckpointStore
+from streaming.cadence import Cadence
+from streaming.checkpoint import CheckpointStore
+from streaming.holding import Held, Online, Rejects, Source
+from streaming.keyed import KeyCheck
+from streaming.metrics import Measures
 from streaming.offline import OfflineLog
 from streaming.partition import Partition
 from streaming.plan import Plan
+from streaming.poison import SpoiledError, feed, poisonous, without
 from streaming.records import Emission, RecordBatch, Reject
+from streaming.saving import Captured, Saved, Saver
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.02
-RECORDS_A_BATCH = 4_096
-CHECKPOINT_S = 1.0
+RECORDS_A_BATCH = 32_768
+FLUSH_S = 0.05
 IDLE_S = 1.0
 STATUS_S = 0.5
-FLUSH_SHARE = 2  # after a flush of 10 ms the next one waits at least 2 x 10 ms
+FINISH_S = 60.0
 PENDING_ROWS = 250_000
 PENDING_REJECTS = 10_000
-KEYS_CHECKED = 100
 BACKOFF_S = (0.2, 5.0)
 BEGINNING_US = -(1 << 63)
 SQLITE_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
 RETRIED = (KafkaError, sqlite3.OperationalError, OSError)
 
 
-class WorkerError(ValueError):
-    """Records that cannot be computed by partitions."""
-
-
-class Source(Protocol):
-    """What a worker needs of a consumer (`wire.Consumer`)."""
-
-    def assign(self, partitions: Iterable[int]) -> None: ...  # noqa: D102
-    def seek(self, partition: int, offset: int | None) -> int: ...  # noqa: D102
-    def poll(self, timeout_s: float, max_records: int) -> list[RecordBatch]: ...  # noqa: D102
-    def position(self, partition: int) -> int: ...  # noqa: D102
-    def lag(self) -> dict[int, int]: ...  # noqa: D102
-    def end_offsets(self) -> dict[int, int]: ...  # noqa: D102
-    def commit(self, offsets: Mapping[int, int]) -> None: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
-
-
-class Online(Protocol):
-    """What a worker needs of an online sink (`sinks.OnlineSink`)."""
-
-    def write(self, emissions: list[Emission]) -> int: ...  # noqa: D102
-    def sync(self) -> None: ...  # noqa: D102
-
-
-class Rejects(Protocol):
-    """What a worker needs of a reject log (`rejects.RejectLog`)."""
-
-    def write(self, rejects: list[Reject]) -> None: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
-
-
-@dataclass
-class _Held:
-    """A partition and what waits to reach the offline log and the next checkpoint."""
-
-    partition: Partition
-    saved_offset: int
-    restored: int
-    rows: list[tuple[Emission, int]] = field(default_factory=list)
-    last_record_s: float = 0.0
+class SavingError(OSError):
+    """Offline part or checkpoint could not be written; it will be tried again, and the loop may go on meanwhile."""
 
 
 class Worker:
@@ -90,7 +55,6 @@ class Worker:
 
     Args:
         plan: what to compute.
-        epoch: newer than that of every worker that held these partitions before.
         source: where records come from.
         online: where the newest row of each entity goes.
         offline: where every row goes.
@@ -99,6 +63,9 @@ class Worker:
         ticking: let the clock of idle partitions advance with the wall clock; off for a run that ends when caught up,
             so that its outcome depends on the records only.
         keyed: refuse records whose key is not the entity (needed where the topic has several partitions).
+        shared: another worker may take a partition over, which is then let go; otherwise that is an error.
+        flush_s: pause between writes to the online store while the worker keeps up.
+        executor: runs the slow half of checkpoints, a job at a time; a thread by default.
         wall_us: wall clock in UTC microseconds.
         monotonic_s: clock for intervals.
     """
@@ -106,7 +73,6 @@ class Worker:
     def __init__(
         self,
         plan: Plan,
-        epoch: int,
         *,
         source: Source,
         online: Online,
@@ -115,109 +81,133 @@ class Worker:
         checkpoints: CheckpointStore,
         ticking: bool = True,
         keyed: bool = False,
+        shared: bool = False,
+        flush_s: float = FLUSH_S,
+        executor: Executor | None = None,
         wall_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.plan = plan
-        self.epoch = epoch
         self.stream = stream_name(plan)
+        self.measures = Measures()
         self._source, self._online, self._offline = source, online, offline
         self._rejects, self._checkpoints = rejects, checkpoints
-        self._ticking = ticking
-        self._keys_to_check = KEYS_CHECKED if keyed else 0
+        self._ticking, self._shared = ticking, shared
+        self._keys = KeyCheck(plan) if keyed else None
         self._wall_us, self._monotonic_s = wall_us, monotonic_s
-        self._held: dict[int, _Held] = {}
+        self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._saver = Saver(
+            self.stream,
+            online=online,
+            offline=offline,
+            checkpoints=checkpoints,
+            executor=self._executor,
+            monotonic_s=monotonic_s,
+        )
+        self._cadence = Cadence(flush_s, monotonic_s())
+        self._held: dict[int, Held] = {}
+        self._wanted: tuple[dict[int, int], bool] | None = None
+        self._spoiled: dict[int, int] = {}
         self._unflushed: list[Emission] = []
         self._refused: list[Reject] = []
-        self._pending_rows = 0
-        self._next_flush_s = self._next_checkpoint_s = self._next_status_s = 0.0
+        self._new_rows = self._captured_rows = 0
+        self._next_status_s = self._next_save_s = 0.0
+        self._save_pause_s = BACKOFF_S[0]
         self._started_s = self._ended_s = 0.0
         self._status: dict[int, dict[str, Any]] = {}
 
-    def start(self, partitions: Iterable[int]) -> None:
-        """Take the partitions over: claim, restore, remove offline parts beyond the checkpoint, seek.
+    def start(self, partitions: Mapping[int, int]) -> None:
+        """Take partitions over (number to epoch): claim, restore, remove offline parts beyond the checkpoint, seek.
 
         Raises:
             StaleEpochError: a newer worker has them.
             OffsetError: the topic was made again since the checkpoint.
             StateError: a checkpoint that does not fit the plan.
         """
-        numbers = list(partitions)
-        self._source.assign(numbers)
-        for number in numbers:
-            self._checkpoints.claim(self.stream, number, self.epoch)
-            saved = self._checkpoints.load(self.stream, number)
-            offset = self._source.seek(number, saved.offset if saved else None)
-            if saved:
-                partition = Partition.restore(self.plan, number, saved.state)
-                removed = self._offline.truncate(number, saved.offset, saved.clock_us)
-            else:
-                partition = Partition(self.plan, number, self.epoch)
-                removed = self._offline.truncate(number, offset, BEGINNING_US)
-            now_s = self._monotonic_s()
-            self._held[number] = _Held(partition, offset, partition.counters.processed, last_record_s=now_s)
-            log.info(
-                "partition taken",
-                extra=self._about(number) | {"offset": offset, "restored": saved is not None, "parts_removed": removed},
-            )
         self._started_s = self._ended_s = self._monotonic_s()
-        self._refresh_status()
+        self._reassign(partitions)
+
+    def assign(self, partitions: Mapping[int, int], discard: bool = False) -> None:
+        """Let the next step change to these partitions; safe from another thread.
+
+        Each number comes with the epoch of this owner, 0 for the next that nobody has had. Those that leave are flushed
+        and checkpointed first, or discarded where somebody else has them already; those that come are taken over as by
+        `start`.
+        """
+        self._wanted = dict(partitions), discard
+
+    def holds(self) -> set[int]:
+        """The partitions that this worker has; safe to call from another thread."""
+        return set(self._held.copy())
 
     def step(self, timeout_s: float = POLL_S) -> int:
         """Poll once, process what came, write what is due; returns the number of records read.
+
+        Polls nothing while more rows wait for a checkpoint than memory should hold.
 
         Raises:
             KafkaError, sqlite3.OperationalError, OSError: something is away; nothing is lost, step again later.
             StaleEpochError: a newer worker has taken a partition over.
             WorkerError: records are not keyed by the entity.
         """
+        if self._wanted is not None:
+            wanted = self._wanted
+            self._reassign(*wanted)
+            if self._wanted is wanted:  # else it was changed meanwhile
+                self._wanted = None
+        self._rewind()
         now_s = self._monotonic_s()
-        if self._unflushed:
-            timeout_s = min(timeout_s, max(0.0, self._next_flush_s - now_s))
-        batches = self._source.poll(timeout_s, RECORDS_A_BATCH)
+        full = self._new_rows + self._captured_rows > PENDING_ROWS or len(self._refused) > PENDING_REJECTS
+        batches: list[RecordBatch] = []
+        if not full:
+            if self._flushable():
+                timeout_s = min(timeout_s, max(0.0, self._cadence.flush_in_s(now_s, 0)))
+            batches = self._source.poll(timeout_s, RECORDS_A_BATCH)
         for batch in batches:
-            self._process(batch)
+            if batch.partition not in self._spoiled:  # else it is read again from the checkpoint
+                self._process(batch)
+        self._rewind()
         if self._ticking:
             self._tick()
+        crowded = full or self._new_rows > PENDING_ROWS // 2
         now_s = self._monotonic_s()
-        if (self._unflushed or self._refused) and now_s >= self._next_flush_s:
+        if self._flushable() and (crowded or self._cadence.flush_in_s(now_s, sum(self._source.lag().values())) <= 0):
             self.flush()
-        full = self._pending_rows > PENDING_ROWS or len(self._refused) > PENDING_REJECTS
-        if full or now_s >= self._next_checkpoint_s:
-            self.checkpoint()
+        if (crowded or self._cadence.checkpoint_due(now_s)) and not self._saver.busy and not self._flushable():
+            self._capture()
         if now_s >= self._next_status_s:
             self._refresh_status()
+        if self._saver.busy and now_s >= self._next_save_s:
+            self._collect_saved(timeout_s if full else 0.0)
         return sum(len(batch.offsets) for batch in batches)
 
     def flush(self) -> None:
         """Write the rejects and the newest online values; what fails is kept for the next try."""
-        started_s = self._monotonic_s()
+        began_s = self._monotonic_s()
         self._rejects.write(self._refused)
         self._refused = []
+        for held in self._held.values():
+            if held.dirty:
+                self._emit(held)
         if self._unflushed:
             self._online.write(self._unflushed)
             self._unflushed = []
         ended_s = self._monotonic_s()
-        self._next_flush_s = ended_s + FLUSH_SHARE * (ended_s - started_s)
+        self._cadence.flushed(began_s, ended_s)
+        self.measures.flushed(ended_s - began_s, self._wall_us())
 
     def checkpoint(self) -> None:
-        """Flush, write the offline parts, save state and offset of every partition that moved, commit."""
+        """Flush, then write offline parts, state and offset of every partition that moved, and wait for all of it.
+
+        Raises:
+            KafkaError, sqlite3.OperationalError, OSError: something is away; nothing is lost, call again later.
+            StaleEpochError: a newer worker has taken a partition over.
+        """
+        self._rewind()
         self.flush()
-        moved = [held for held in self._held.values() if held.rows or held.partition.next_offset > held.saved_offset]
-        if moved:
-            self._online.sync()
-        for held in moved:
-            partition, number = held.partition, held.partition.partition
-            self._checkpoints.check(self.stream, number, self.epoch)
-            self._offline.write(number, held.saved_offset, partition.next_offset, partition.clock_us, held.rows)
-            state = Checkpoint(partition.next_offset, partition.clock_us, partition.snapshot())
-            self._checkpoints.save(self.stream, number, self.epoch, state)
-            held.rows, held.saved_offset = [], partition.next_offset
-        if moved:
-            self._source.commit({held.partition.partition: held.saved_offset for held in moved})
-            self._ended_s = self._monotonic_s()
-        self._pending_rows = sum(len(emission.entities) for held in self._held.values() for emission, _ in held.rows)
-        self._next_checkpoint_s = self._monotonic_s() + CHECKPOINT_S
+        self._drain()
+        self._capture()
+        self._drain()
 
     def caught_up(self) -> bool:
         """Whether every record that the broker has now was processed; asks the broker.
@@ -230,24 +220,33 @@ class Worker:
     def run(self, stop: threading.Event, until_caught_up: bool) -> None:
         """Step until told to stop, or until there is nothing left to read; then checkpoint.
 
-        A broker or store that is away is retried with growing pauses, for as long as it takes.
+        A broker or store that is away is retried with growing pauses, for as long as it takes; once told to stop, for
+        a minute.
         """
         pause_s = BACKOFF_S[0]
-        while not stop.is_set():
+        finish_s: float | None = None
+        while True:
             try:
-                if not self.step() and until_caught_up and self.caught_up():
+                if finish_s is not None or stop.is_set():
+                    finish_s = finish_s or self._monotonic_s() + FINISH_S
+                    self.checkpoint()
                     break
+                if not self.step() and until_caught_up and self.caught_up():
+                    finish_s = self._monotonic_s() + FINISH_S
                 pause_s = BACKOFF_S[0]
             except RETRIED as error:
                 if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode not in SQLITE_BUSY:
                     raise
+                if finish_s is not None and self._monotonic_s() > finish_s:
+                    raise
                 log.warning("trying again", extra={"view": self.plan.view, "pause_s": pause_s, "error": repr(error)})
                 self._refresh_status()
-                stop.wait(pause_s)
+                if isinstance(error, SavingError) and finish_s is None:
+                    continue  # the next try has its time, the loop need not wait for it
+                time.sleep(pause_s) if stop.is_set() else stop.wait(pause_s)
                 pause_s = min(2 * pause_s, BACKOFF_S[1])
-        self.checkpoint()
         self._refresh_status()
-        log.info("stopped", extra={"view": self.plan.view, "epoch": self.epoch})
+        log.info("stopped", extra={"view": self.plan.view})
 
     def status(self) -> dict[int, dict[str, Any]]:
         """Partition to its figures, at most a second old; safe to call from another thread."""
@@ -255,18 +254,95 @@ class Worker:
 
     def close(self) -> None:
         """Leave the broker."""
+        self._executor.shutdown(wait=False)
         self._rejects.close()
         self._source.close()
 
+    def _reassign(self, wanted: Mapping[int, int], discard: bool = False) -> None:
+        """Let the partitions go that are not wanted, and take those that are new."""
+        if any(number > 0 for number in wanted):
+            self._keys = self._keys or KeyCheck(self.plan)  # also of a topic that had one partition when this began
+        leaving = self._held.keys() - wanted.keys()
+        if leaving:
+            if not discard:
+                self.checkpoint()
+            self._let_go(leaving)
+        coming = [number for number in wanted if number not in self._held]
+        self._source.assign([*self._held, *coming])
+        for number in coming:
+            self._take(number, wanted[number])
+        self._refresh_status()
+
+    def _take(self, number: int, epoch: int) -> None:
+        epoch = epoch or 1 + self._checkpoints.epoch(self.stream, number)
+        self._checkpoints.claim(self.stream, number, epoch)
+        partition, offset, restored = self._restore(number)
+        now_s = self._monotonic_s()
+        processed = partition.counters.processed
+        self._held[number] = Held(partition, epoch, offset, offset, now_s, processed, last_record_s=now_s)
+        log.info("partition taken", extra=self._about(number) | {"offset": offset, "restored": restored})
+
+    def _restore(self, number: int) -> tuple[Partition, int, bool]:
+        """The partition as it was saved, the offset at which it goes on, and whether there was a checkpoint."""
+        saved = self._checkpoints.load(self.stream, number)
+        offset = self._source.seek(number, saved.offset if saved else None)
+        if saved is None:
+            self._offline.truncate(number, offset, BEGINNING_US)
+            return Partition(self.plan, number), offset, False
+        partition = Partition.restore(self.plan, number, saved.state, *saved.deltas)
+        self._offline.truncate(number, saved.offset, saved.clock_us)
+        return partition, saved.offset, True
+
+    def _let_go(self, numbers: Iterable[int]) -> None:
+        for number in self._held.keys() & set(numbers):
+            log.info("partition let go", extra=self._about(number))
+            del self._held[number]
+            self._spoiled.pop(number, None)
+        self._source.assign(self._held)
+        self._count_rows()
+
+    def _flushable(self) -> bool:
+        return bool(self._unflushed or self._refused) or any(held.dirty for held in self._held.values())
+
     def _process(self, batch: RecordBatch) -> None:
-        if self._keys_to_check > 0:
-            check_keys(self.plan, batch)
-            self._keys_to_check -= len(batch.offsets)
+        if self._keys is not None:
+            self._keys.look(batch)
         held = self._held[batch.partition]
-        for refused in held.partition.pieces(batch, self._wall_us()):
-            self._refused.extend(refused)
-            self._collect(held)
+        last = int(batch.offsets[-1])
+        try:
+            for refused in self._pieces(held, batch):
+                self._refused.extend(refused)
+                held.dirty = True
+                if held.partition.next_offset <= last:  # the rest of the batch lies in another pane
+                    self._emit(held)
+        except SpoiledError as error:
+            if held.suspect_until >= last:
+                raise
+            log.error("going back to the last checkpoint", extra=self._about(batch.partition) | {"error": str(error)})
+            self._spoiled[batch.partition], held.dirty = last, False
+            return
         held.last_record_s = self._monotonic_s()
+        self._cadence.read(len(batch.offsets))
+        self.measures.read(batch)
+
+    def _pieces(self, held: Held, batch: RecordBatch) -> Iterator[list[Reject]]:
+        now_us = self._wall_us()
+        if int(batch.offsets[0]) > held.suspect_until:
+            return feed(held.partition, batch, now_us)
+        held.unchained = True
+        return without(held.partition, batch, now_us, poisonous(held.partition, batch, now_us))
+
+    def _rewind(self) -> None:
+        """Restore spoiled partitions; up to the failing batch's end, their records are then tried on copies first."""
+        if not self._spoiled:
+            return
+        self._drain()
+        for number, last in list(self._spoiled.items()):
+            held = self._held[number]
+            held.partition, held.captured_offset, _ = self._restore(number)
+            held.saved_offset, held.rows, held.dirty, held.suspect_until = held.captured_offset, [], True, last
+            del self._spoiled[number]
+        self._count_rows()
 
     def _tick(self) -> None:
         """Let the clock of partitions advance that were read to their end and have been idle for a while."""
@@ -276,79 +352,94 @@ class Worker:
         for held in idle:
             if lags[held.partition.partition] == 0:
                 held.partition.tick(self._wall_us())
-                self._collect(held)
+                held.dirty = True
             held.last_record_s = now_s
 
-    def _collect(self, held: _Held) -> None:
+    def _emit(self, held: Held) -> None:
         emission = held.partition.emit()
+        held.dirty = False
         if len(emission.entities):
             self._unflushed.append(emission)
             held.rows.append((emission, self._wall_us()))
-            self._pending_rows += len(emission.entities)
+            self._new_rows += len(emission.entities)
+
+    def _capture(self) -> None:
+        """Begin a checkpoint of every partition that moved; everything in it must have been flushed."""
+        began_s = self._monotonic_s()
+        captured = []
+        for number, held in self._held.items():
+            partition = held.partition
+            if not held.rows and partition.next_offset <= held.captured_offset:
+                held.saved_s = began_s
+                continue
+            whole = held.unchained or self._checkpoints.wants_whole(self.stream, number)
+            state = partition.snapshot() if whole else partition.delta()
+            offsets = (held.captured_offset, partition.next_offset)
+            captured.append(Captured(number, held.epoch, *offsets, partition.clock_us, held.rows, state, not whole))
+            held.rows, held.captured_offset, held.unchained = [], partition.next_offset, False
+            held.checkpoint_bytes = len(state)
+        self._cadence.captured(began_s, self._monotonic_s())
+        self._captured_rows, self._new_rows = self._new_rows, 0
+        if captured:
+            self._saver.begin(captured)
+
+    def _collect_saved(self, wait_s: float) -> None:
+        """See whether the slow half of a checkpoint has ended; commit what it saved.
+
+        Raises:
+            SavingError: it failed.
+            StaleEpochError: a newer worker has taken a partition over, which none may but another job.
+        """
+        try:
+            saved = self._saver.collect(wait_s)
+        except Exception as error:
+            self._next_save_s = self._monotonic_s() + self._save_pause_s
+            self._save_pause_s = min(2 * self._save_pause_s, BACKOFF_S[1])
+            if isinstance(error, OSError):
+                raise SavingError(f"The checkpoint of view {self.plan.view!r} cannot be written: {error}") from error
+            raise
+        if saved is not None:
+            self._saved(saved)
+
+    def _saved(self, saved: Saved) -> None:
+        self._captured_rows = 0
+        self._save_pause_s = BACKOFF_S[0]
+        self._ended_s = self._monotonic_s()
+        self.measures.saved(saved.seconds)
+        for number, offset in saved.offsets.items():
+            if held := self._held.get(number):
+                held.saved_offset, held.saved_s = offset, self._ended_s
+        self._source.commit(saved.offsets)
+        for number, error in saved.lost.items():
+            if not self._shared:
+                raise error
+            log.warning("partition lost", extra=self._about(number) | {"error": str(error)})
+        if saved.lost:
+            self._let_go(saved.lost)
+
+    def _drain(self) -> None:
+        """Wait until the slow half of the checkpoint under way, if any, has ended."""
+        while self._saver.busy:
+            self._collect_saved(FINISH_S)
+
+    def _count_rows(self) -> None:
+        self._new_rows = sum(len(emission.entities) for held in self._held.values() for emission, _ in held.rows)
 
     def _refresh_status(self) -> None:
-        self._next_status_s = self._monotonic_s() + STATUS_S
-        lags = self._source.lag()
-        heartbeat = datetime.fromtimestamp(self._wall_us() / 1e6, UTC).isoformat()
-        status = {}
-        for number, held in self._held.items():
-            partition, counters = held.partition, held.partition.counters
-            lag = lags.get(number, 0)
-            status[number] = {
-                "offset": held.saved_offset,
-                "end": self._source.position(number) + lag,
-                "lag": lag,
-                "watermark": _iso(partition.watermark_us),
-                "processed": counters.processed - counters.dead - counters.late,
-                "dead": counters.dead,
-                "late": counters.late,
-                "keys": counters.keys,
-                "read": counters.processed - held.restored,
-                "seconds": self._ended_s - self._started_s,
-                "epoch": self.epoch,
-                "pid": os.getpid(),
-                "heartbeat": heartbeat,
-            }
-        self._status = status
+        now_s, now_us = self._monotonic_s(), self._wall_us()
+        self._next_status_s = now_s + STATUS_S
+        lags, lost, seconds = self._source.lag(), self._source.lost, self._ended_s - self._started_s
+        self._status = {
+            number: held.figures(self._source.position(number), lags.get(number, 0), lost.get(number, 0), now_us, now_s)
+            | {"seconds": seconds}
+            for number, held in self._held.items()
+        }
 
     def _about(self, number: int) -> dict[str, object]:
-        return {"view": self.plan.view, "topic": self.plan.topic, "partition": number, "epoch": self.epoch}
+        held = self._held.get(number)
+        return {"view": self.plan.view, "topic": self.plan.topic, "partition": number, "epoch": held and held.epoch}
 
 
 def stream_name(plan: Plan) -> str:
     """Name of a plan's checkpoints: a view that is computed differently starts anew from the topic."""
     return f"{plan.view}-{plan.fingerprint[:12]}"
-
-
-def check_keys(plan: Plan, batch: RecordBatch) -> None:
-    """Make sure that readable records are keyed by their entity, without which partitions would share entities.
-
-    Raises:
-        WorkerError: one is not.
-    """
-    for row in range(min(len(batch.offsets), KEYS_CHECKED)):
-        try:
-            event = orjson.loads(batch.value(row) or b"")
-        except orjson.JSONDecodeError:
-            continue
-        entity = event.get(plan.entity) if isinstance(event, dict) else None
-        if not isinstance(entity, str | int) or isinstance(entity, bool):
-            continue
-        accepted = [str(entity).encode()]
-        if isinstance(entity, int) and -(1 << 63) <= entity < 1 << 63:
-            accepted.append(entity.to_bytes(8, "big", signed=True))
-        key = batch.key(row)
-        if key not in accepted:
-            raise WorkerError(
-                f"Topic {plan.topic!r} has several partitions but record {batch.offsets[row]} of partition"
-                f" {batch.partition} has the key {key!r} and the {plan.entity} {entity!r}: produce it keyed by"
-                f" {plan.entity}, or to a topic with one partition."
-            )
-
-
-def _iso(time_us: int) -> str | None:
-    """ISO 8601 UTC; None for a clock that no event has set."""
-    try:
-        return datetime.fromtimestamp(time_us / 1e6, UTC).isoformat()
-    except (OverflowError, ValueError, OSError):
-        return None

@@ -2,28 +2,34 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pandas as pd
+import pytest
 from feast import Entity, FeatureStore, Field, FileSource, KafkaSource, ValueType
 from feast.aggregation import Aggregation
 from feast.data_format import JsonFormat, ParquetFormat
 from feast.stream_feature_view import StreamFeatureView
 from feast.types import Float64, Int64, String
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
+from streaming import topics
 from streaming.plan import plans
 from streaming.rejects import ensure_topics, identity
+from streaming.report import write_workers
 from streaming.supervisor import Supervisor
 
 ROOT = Path(__file__).parents[2]
@@ -246,3 +252,73 @@ def test_the_job_runs_somebody_elses_repository_until_caught_up(kafka, tmp_path)
     assert datetime.now(UTC) - datetime.fromisoformat(
         json.loads((tmp_path / "home" / "stream" / "status.json").read_text())["updated"]
     ) < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize("by_group", [False, True], ids=["supervisor", "group"])
+def test_partitions_that_move_during_a_replay_lose_nothing_and_count_nothing_twice(
+    kafka, ray_local, tmp_path, monkeypatch, by_group
+):
+    monkeypatch.setattr(topics, "LOOK_S", 1.0)
+    repo, topic = tmp_path / "repo", f"moved-by-{'group' if by_group else 'supervisor'}"
+    store = foreign_repo(repo, topic, kafka, "streaming.sinks.GuardedSqliteOnlineStore", integer_key=False)
+    ensure_topics(kafka, {topic: 3})
+    frame = edits(9_000, 200, integer_key=False, partitions=4)
+    late_partition = frame["partition"] == 3  # made while the stream runs
+    chunks = np.array_split(frame[~late_partition], 30)
+    supervisor = Supervisor(store, plans(store, None), home=tmp_path / "home", workers=1, by_group=by_group)
+    result: dict = {}
+    thread = threading.Thread(target=lambda: result.update(supervisor.run()))
+    status_path = tmp_path / "home" / "stream" / "status.json"
+
+    def status() -> list[dict]:
+        if not status_path.exists():
+            return []
+        return list(json.loads(status_path.read_text())["views"].get("activity", {}).values())
+
+    def processed() -> int:
+        return sum(row["processed"] for row in status())
+
+    def owners() -> int:
+        return len({row["pid"] for row in status()})
+
+    producing = threading.Thread(target=lambda: [produce(kafka, topic, chunk) or time.sleep(0.4) for chunk in chunks])
+    thread.start()
+    try:
+        wait_for(lambda: len(status()) == 3, "the first worker")
+        producing.start()
+        wait_for(lambda: processed() > 500, "the first events")
+        write_workers(tmp_path / "home" / "stream", 2)
+        wait_for(lambda: owners() == 2, "a second worker")
+        KafkaAdminClient(bootstrap_servers=kafka).create_partitions({topic: 4})
+        wait_for(lambda: len(status()) == 4, "the new partition")
+        produce(kafka, topic, frame[late_partition])
+        write_workers(tmp_path / "home" / "stream", 1)
+        wait_for(lambda: len(status()) == 4 and owners() == 1, "one worker again")
+        producing.join()
+        wait_for(lambda: processed() == 9_000, "all events")
+        assert {row["lag"] for row in status()} == {0}
+        address = status()[0]["metrics"]
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:  # noqa: S310
+            scraped = answer.read().decode()
+        assert sum(
+            float(line.split()[-1])
+            for line in scraped.splitlines()
+            if line.startswith("millrace_stream_processed_total{")
+        ) == pytest.approx(9_000)
+        assert "millrace_stream_freshness_seconds_bucket" in scraped
+    finally:
+        supervisor.stop()
+        thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert (result["activity"]["processed"], result["activity"]["dead"], result["activity"]["late"]) == (9_000, 0, 0)
+    expected = brute_force(frame)
+    assert online(store, sorted(expected)) == expected
+    assert newest_offline(repo) == expected
+    assert overlapping(repo) == []
+
+
+def overlapping(folder: Path) -> list:
+    """Neighbouring parts of the offline log that hold a record both."""
+    parts = [re.search(r"-(\d{5})-(\d+)-(\d+)\.parquet", path.name) for path in folder.glob("data/log/*.parquet")]
+    spans = sorted(tuple(map(int, part.groups())) for part in parts if part)
+    return [(one, two) for one, two in pairwise(spans) if one[0] == two[0] and one[2] > two[1] and two[2] > two[1]]

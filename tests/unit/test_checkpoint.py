@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from streaming import checkpoint
 from streaming.checkpoint import Checkpoint, CheckpointStore, StaleEpochError
 
 
@@ -25,7 +28,7 @@ def test_nothing_saved_is_none(tmp_path):
 def test_the_newest_is_loaded_and_two_are_kept(tmp_path):
     store = claimed(tmp_path)
     for offset in (10, 20, 30):
-        store.save("view", 0, 1, Checkpoint(offset, offset * 7, b"state\n\0%d" % offset))
+        store.save("view", 0, 1, offset, offset * 7, b"state\n\0%d" % offset)
     assert CheckpointStore(str(tmp_path)).load("view", 0) == Checkpoint(30, 210, b"state\n\x0030")
     assert len(files(tmp_path)) == 2
     assert not list(tmp_path.rglob("*.tmp"))
@@ -34,8 +37,8 @@ def test_the_newest_is_loaded_and_two_are_kept(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped"])
 def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, damage, caplog):
     store = claimed(tmp_path)
-    store.save("view", 0, 1, Checkpoint(10, 0, b"first"))
-    store.save("view", 0, 1, Checkpoint(20, 0, b"second"))
+    store.save("view", 0, 1, 10, 0, b"first")
+    store.save("view", 0, 1, 20, 0, b"second")
     newest = files(tmp_path)[-1]
     data = newest.read_bytes()
     newest.write_bytes({"cut": data[:-3], "empty": b"", "flipped": data[:-1] + b"X"}[damage])
@@ -45,11 +48,11 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, damage, caplog
 
 def test_an_older_epoch_is_refused(tmp_path):
     zombie = claimed(tmp_path, epoch=1)
-    zombie.save("view", 0, 1, Checkpoint(10, 0, b"old"))
+    zombie.save("view", 0, 1, 10, 0, b"old")
     owner = claimed(tmp_path, epoch=2)
-    owner.save("view", 0, 2, Checkpoint(5, 0, b"new"))
+    owner.save("view", 0, 2, 5, 0, b"new")
     with pytest.raises(StaleEpochError, match="taken over by epoch 2"):
-        zombie.save("view", 0, 1, Checkpoint(99, 0, b"zombie"))
+        zombie.save("view", 0, 1, 99, 0, b"zombie")
     with pytest.raises(StaleEpochError):
         zombie.claim("view", 0, 1)
     assert CheckpointStore(str(tmp_path)).load("view", 0) == Checkpoint(5, 0, b"new")
@@ -59,12 +62,127 @@ def test_two_owners_of_one_epoch_cannot_both_save(tmp_path):
     first = claimed(tmp_path, epoch=3)
     with pytest.raises(StaleEpochError):
         claimed(tmp_path, epoch=3)
-    first.save("view", 0, 3, Checkpoint(1, 0, b""))
+    first.save("view", 0, 3, 1, 0, b"")
 
 
 def test_partitions_and_streams_are_apart(tmp_path):
     store = claimed(tmp_path)
     store.claim("view", 1, 5)
-    store.save("view", 0, 1, Checkpoint(10, 0, b"zero"))
+    store.save("view", 0, 1, 10, 0, b"zero")
     assert store.load("view", 1) is None
     assert (store.epoch("view", 0), store.epoch("view", 1), store.epoch("other", 0)) == (1, 5, 0)
+
+
+def chained(folder: Path, kinds: str, size: int = 100) -> CheckpointStore:
+    """A store after a save a letter: w whole, d delta; the n-th ends at offset n."""
+    store = claimed(folder)
+    for offset, kind in enumerate(kinds, 1):
+        store.save("view", 0, 1, offset, 0, b"%s%d" % (kind.encode(), offset), delta=kind == "d")
+    return store
+
+
+def test_a_chain_is_restored_and_what_it_needs_is_kept(tmp_path):
+    chained(tmp_path, "wwddd")
+    assert CheckpointStore(str(tmp_path)).load("view", 0) == Checkpoint(5, 0, b"w2", (b"d3", b"d4", b"d5"))
+    assert len(files(tmp_path)) == 4
+
+
+def test_the_chain_before_is_kept_until_two_newer_checkpoints_do_without_it(tmp_path):
+    store = chained(tmp_path, "wddw")
+    assert len(files(tmp_path)) == 4
+    store.save("view", 0, 1, 5, 0, b"d5", delta=True)
+    assert [path.name[11:23] for path in files(tmp_path)] == ["000000000004", "000000000005"]
+
+
+@pytest.mark.parametrize(
+    ("torn", "expected"),
+    [
+        ({6}, Checkpoint(5, 0, b"w4", (b"d5",))),
+        ({5}, Checkpoint(4, 0, b"w4")),
+        ({5, 4}, Checkpoint(3, 0, b"w1", (b"d2", b"d3"))),
+        ({4}, Checkpoint(3, 0, b"w1", (b"d2", b"d3"))),
+        ({4, 2}, Checkpoint(1, 0, b"w1")),
+        ({1, 4}, None),
+    ],
+)
+def test_a_torn_link_leaves_the_newest_whole_prefix_or_the_chain_before(tmp_path, monkeypatch, torn, expected):
+    monkeypatch.setattr(checkpoint, "KEPT", 99)
+    chained(tmp_path, "wddwdd")
+    for sequence, path in enumerate(files(tmp_path), 1):
+        if sequence in torn:
+            path.write_bytes(path.read_bytes()[:-1])
+    assert CheckpointStore(str(tmp_path)).load("view", 0) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=30), st.sets(st.integers(0, 30), max_size=3))
+def test_what_is_loaded_is_a_state_that_was_saved_and_no_older_than_damage_demands(tmp_path_factory, deltas, torn):
+    folder = tmp_path_factory.mktemp("chain")
+    store, saved, chain = claimed(folder), [], []
+    for offset, delta in enumerate(deltas, 1):
+        delta = delta and bool(saved)
+        chain = [*chain, b"%d" % offset] if delta else [b"%d" % offset]
+        store.save("view", 0, 1, offset, 0, chain[-1], delta=delta)
+        saved.append(Checkpoint(offset, 0, chain[0], tuple(chain[1:])))
+    left = files(folder)
+    for at in torn & set(range(len(left))):
+        left[at].write_bytes(b"torn")
+    loaded = CheckpointStore(str(folder)).load("view", 0)
+    assert loaded is None or loaded in saved
+    if not torn & set(range(len(left))):
+        assert loaded == saved[-1]
+
+
+def test_a_new_chain_begins_when_the_deltas_are_half_of_the_whole_or_twenty(tmp_path):
+    store = claimed(tmp_path)
+    assert store.wants_whole("view", 0)
+    store.save("view", 0, 1, 1, 0, bytes(1000))
+    assert store.wants_whole("view", 0), "a small state is always saved whole"
+    store.save("view", 0, 1, 2, 0, bytes(checkpoint.LARGE_BYTES))
+    store.save("view", 0, 1, 3, 0, bytes(checkpoint.LARGE_BYTES // 2), delta=True)
+    assert not store.wants_whole("view", 0)
+    store.save("view", 0, 1, 4, 0, b"1", delta=True)
+    assert store.wants_whole("view", 0)
+    store.save("view", 0, 1, 5, 0, bytes(checkpoint.LARGE_BYTES))
+    for offset in range(checkpoint.DELTAS):
+        assert not store.wants_whole("view", 0)
+        store.save("view", 0, 1, 6 + offset, 0, b"1", delta=True)
+    assert store.wants_whole("view", 0)
+
+
+def test_after_a_load_or_a_claim_the_next_checkpoint_must_be_whole(tmp_path):
+    store = claimed(tmp_path)
+    for change in (lambda: store.load("view", 0), lambda: store.claim("view", 0, 1)):
+        store.save("view", 0, 1, 1, 0, bytes(checkpoint.LARGE_BYTES))
+        assert not store.wants_whole("view", 0)
+        change()
+        assert store.wants_whole("view", 0)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_no_rubbish(tmp_path, monkeypatch):
+    store = chained(tmp_path, "w")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.save("view", 0, 1, 2, 0, b"more")
+    monkeypatch.undo()
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert store.load("view", 0) == Checkpoint(1, 0, b"w1")
+    store.save("view", 0, 1, 2, 0, b"more")
+    assert store.load("view", 0) == Checkpoint(2, 0, b"more")
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "view").write_text("a file where a folder should be")
+    with pytest.raises(OSError, match="view"):
+        claimed(tmp_path)
+
+
+def test_the_temporary_file_of_an_owner_that_was_killed_is_removed_by_the_next(tmp_path):
+    chained(tmp_path, "w")
+    (tmp_path / "view" / "00000" / "x.checkpoint.1.tmp").write_bytes(b"half")
+    claimed(tmp_path, epoch=2)
+    assert not list(tmp_path.rglob("*.tmp"))

@@ -1,10 +1,12 @@
 """Effectively once: a crash between any two steps, torn checkpoints and zombies change no outcome."""
 
+import errno
 import json
 import re
 import shutil
 import sqlite3
 import threading
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
@@ -14,16 +16,21 @@ import numpy as np
 import pytest
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
 from feast.types import Float64, Int64, String
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from kafka.errors import KafkaError
 
+from streaming import checkpoint as checkpoint_module
+from streaming import offline as offline_module
 from streaming import worker as worker_module
 from streaming.checkpoint import CheckpointStore, StaleEpochError
+from streaming.keyed import WorkerError, check_keys
 from streaming.offline import OfflineLog
 from streaming.partition import Partition
 from streaming.plan import Aggregate, Column, Plan
 from streaming.records import RecordBatch
 from streaming.sinks import OnlineSink
-from streaming.worker import Worker, WorkerError, check_keys
+from streaming.worker import SavingError, Worker
 
 MINUTE_US = 60_000_000
 PLAN = Plan(
@@ -62,14 +69,28 @@ def history(seed: int, users: list[str]) -> list[tuple[bytes | None, bytes | Non
 HISTORY = {0: history(0, ["ann", "bob"]), 1: history(1, ["cyd", "dan", "eve"])}
 
 
+class Inline(Executor):
+    """Runs a job at once, so that a crash can be put between any two of its steps."""
+
+    def submit(self, task, /, *args, **options):
+        future = Future()
+        try:
+            future.set_result(task(*args, **options))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
 class Memory:
     """A topic in memory: a crash is put between any two steps below, which a broker would make slow and random."""
 
+    polled, batches = 7, 1
+
     def __init__(self, logs=HISTORY):
-        self.logs, self.at, self.committed, self.turn = logs, {}, {}, count()
+        self.logs, self.at, self.committed, self.turn, self.lost = logs, {}, {}, count(), {}
 
     def assign(self, partitions):
-        self.at = dict.fromkeys(partitions, 0)
+        self.at = {partition: self.at.get(partition, 0) for partition in partitions}
 
     def seek(self, partition, offset):
         self.at[partition] = offset or 0
@@ -77,11 +98,15 @@ class Memory:
 
     def poll(self, timeout_s, max_records):
         for _ in self.at:
-            partition = next(self.turn) % len(self.at)
-            rows = self.logs[partition][self.at[partition] : self.at[partition] + 7]
-            if rows:
-                self.at[partition] += len(rows)
-                return [batch(partition, self.at[partition] - len(rows), rows)]
+            partition = list(self.at)[next(self.turn) % len(self.at)]
+            found = []
+            for _ in range(self.batches):
+                rows = self.logs[partition][self.at[partition] : self.at[partition] + self.polled]
+                if rows:
+                    self.at[partition] += len(rows)
+                    found.append(batch(partition, self.at[partition] - len(rows), rows))
+            if found:
+                return found
         return []
 
     def position(self, partition):
@@ -192,38 +217,41 @@ class World:
         self.store = Store(config=config(folder, applied / "registry.db"))
         self.wall, self.epochs = count(WALL_US), count(1)
 
-    def worker(self, steps: Steps | None = None, **options) -> Worker:
+    def worker(self, steps: Steps | None = None, epoch=None, partitions=None, **options) -> Worker:
         steps = steps or Steps()
         self.source = Memory(self.logs)
         ticks = count()
         worker = Worker(
             PLAN,
-            next(self.epochs),
             source=steps.watch(self.source, "poll", "commit"),
             online=steps.watch(OnlineSink(self.store, "activity"), "write", "sync"),
             offline=steps.watch(OfflineLog(str(self.folder / "offline"), "edits", "user"), "write"),
             rejects=steps.watch(Rejecting(self.rejects), "write"),
             checkpoints=steps.watch(CheckpointStore(str(self.folder / "checkpoints")), "claim", "save"),
+            executor=options.pop("executor", None) or Inline(),
             ticking=False,
             wall_us=lambda: next(self.wall),
             monotonic_s=lambda: next(ticks) * 0.05,
             **options,
         )
-        worker.start(self.logs)
+        worker.start(dict.fromkeys(self.logs if partitions is None else partitions, epoch or next(self.epochs)))
         return worker
 
     def outcome(self):
+        """What everybody can see: of the offline log the last row of each pane, because flushes come when they come."""
         query = "SELECT entity_key, feature_name, value, event_us FROM test_activity ORDER BY 1, 2"
         with sqlite3.connect(self.folder / "online.db") as connection:
             online = connection.execute(query).fetchall()
         offline = duckdb.sql(
-            f"SELECT DISTINCT ON (user, event_timestamp) * EXCLUDE created_timestamp FROM"
-            f" '{self.folder}/offline/*.parquet' ORDER BY user, event_timestamp, created_timestamp DESC"
+            "SELECT DISTINCT ON (user, pane) * EXCLUDE (created_timestamp, event_timestamp),"
+            f" date_trunc('minute', event_timestamp) AS pane FROM '{self.folder}/offline/*.parquet'"
+            " ORDER BY user, pane, event_timestamp DESC, created_timestamp DESC"
         ).fetchall()
         states = CheckpointStore(str(self.folder / "checkpoints"))
         saved = [states.load(worker_module.stream_name(PLAN), partition) for partition in self.logs]
         rejects = sorted(set(self.rejects.found), key=lambda reject: (reject.partition, reject.offset))
-        return online, offline, [(one.offset, one.clock_us, without_wall_clock(one.state)) for one in saved], rejects
+        newest = [(one.offset, one.clock_us, without_wall_clock((one.state, *one.deltas)[-1])) for one in saved]
+        return online, offline, newest, rejects
 
 
 def without_wall_clock(state: bytes) -> bytes:
@@ -389,3 +417,189 @@ def test_records_must_be_keyed_by_the_entity():
     for key in (b"other", None):
         with pytest.raises(WorkerError, match="keyed by user"):
             check_keys(PLAN, batch(0, 7, [record("ann", 0, 1), (key, record("ann", 0, 1)[1])]))
+
+
+def test_memory_stays_bounded_while_the_background_write_is_slow_and_polling_resumes(tmp_path, applied, monkeypatch):
+    monkeypatch.setattr(worker_module, "PENDING_ROWS", 20)
+    world = World(tmp_path / "slow", applied, logs={0: [record("ann", minute, 1) for minute in range(400)]})
+    gate = threading.Event()
+
+    class Slow(OfflineLog):
+        def write(self, *args):
+            gate.wait(30)
+            super().write(*args)
+
+    with ThreadPoolExecutor(1) as executor:
+        worker = world.worker(executor=executor)
+        worker._saver._offline = Slow(str(world.folder / "offline"), "edits", "user")
+        for _ in range(200):
+            worker.step(0.0)
+        stuck_at = world.source.at[0]
+        assert worker._new_rows + worker._captured_rows <= 20 + 8
+        assert stuck_at < 60
+        assert not list(world.folder.rglob("*.checkpoint"))
+        values = world.store.get_online_features(["activity:edits"], [{"user": "ann"}]).to_dict()
+        assert values["edits"] == [10], "the online store is written while the checkpoint waits"
+        gate.set()
+        finish(worker)
+    assert world.source.at[0] == 400
+    assert [row["offset"] for row in worker.status().values()] == [400]
+
+
+@pytest.mark.parametrize("where", ["offline", "checkpoints"])
+def test_a_full_disk_under_the_background_write_stops_nothing_and_loses_nothing(
+    undisturbed, tmp_path, applied, monkeypatch, where
+):
+    monkeypatch.setattr(worker_module, "BACKOFF_S", (0.0, 0.0))
+    expected = undisturbed[0].outcome()
+    world = World(tmp_path / "full", applied)
+    worker = world.worker()
+    full = iter([OSError(errno.ENOSPC, "No space left on device")] * 3)
+    module = checkpoint_module if where == "checkpoints" else offline_module
+    original = module.write_atomic
+
+    def failing(*args):
+        for error in full:
+            raise error
+        return original(*args)
+
+    monkeypatch.setattr(module, "write_atomic", failing)
+    with pytest.raises(SavingError, match="No space left"):
+        for _ in range(1000):
+            worker.step()
+    finish(worker)
+    assert next(full, None) is None
+    assert world.outcome() == expected
+
+
+def test_deltas_are_saved_and_restored(undisturbed, tmp_path, applied, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "LARGE_BYTES", 0)
+    monkeypatch.setattr(checkpoint_module, "DELTAS_SHARE", 100)
+    expected = undisturbed[0].outcome()
+    calls = []
+
+    class Counting(Partition):
+        def delta(self):
+            calls.append(self.partition)
+            return super().delta()
+
+    monkeypatch.setattr(worker_module, "Partition", Counting)
+    world = World(tmp_path / "deltas", applied)
+    worker = world.worker()
+    for _ in range(4):
+        worker.step()
+        worker.checkpoint()
+    worker = world.worker()
+    finish(worker)
+    assert calls
+    assert world.outcome() == expected
+
+
+def test_partitions_move_between_workers_while_both_run(undisturbed, tmp_path, applied):
+    expected = undisturbed[0].outcome()
+    world = World(tmp_path / "moved", applied)
+    first = world.worker(partitions=[0, 1], epoch=1)
+    second = world.worker(partitions=[], epoch=2)
+    for _ in range(3):
+        first.step()
+    first.assign({0: 1})
+    first.step()
+    assert list(first.status()) == [0]
+    second.assign({1: 2})
+    second.step()
+    assert list(second.status()) == [1]
+    assert second.status()[1]["epoch"] == 2
+    finish(first)
+    finish(second)
+    assert world.outcome() == expected
+
+
+def test_a_shared_worker_lets_a_partition_go_that_was_taken_over(undisturbed, tmp_path, applied):
+    expected = undisturbed[0].outcome()
+    world = World(tmp_path / "lost", applied)
+    first = world.worker(partitions=[0, 1], epoch=1, shared=True)
+    first.step()
+    second = world.worker(partitions=[1], epoch=2)
+    finish(second)
+    finish(first)
+    assert list(first.status()) == [0]
+    assert world.outcome() == expected
+
+
+class Fragile(Partition):
+    """Raises at chosen offsets, before or after it has changed its state."""
+
+    poison: dict[int, str] = {}
+
+    def pieces(self, batch, now_us):
+        bad = [offset for offset in batch.offsets.tolist() if offset in self.poison]
+        bad = [offset for offset in bad if batch.value(offset - int(batch.offsets[0])) is not None]
+        if any(self.poison[offset] == "early" for offset in bad):
+            raise ZeroDivisionError("division by zero")
+        yield from super().pieces(batch, now_us)
+        if bad:
+            raise IndexError("after the state was changed")
+
+
+@pytest.mark.parametrize("kinds", [("early", "early"), ("half-way", "half-way"), ("early", "half-way")])
+@pytest.mark.parametrize("batches", [1, 3])
+def test_records_that_make_the_computation_raise_are_dead_lettered_alone(
+    tmp_path, applied, monkeypatch, kinds, batches
+):
+    rows = [record("ann", 0.25 * n, n) for n in range(30)]
+    poison = dict(zip((9, 18), kinds, strict=True))
+    nulled = [(key, None if at in poison else value) for at, (key, value) in enumerate(rows)]
+    clean = World(tmp_path / "clean", applied, logs={0: nulled})
+    finish(clean.worker())
+    monkeypatch.setattr(Fragile, "poison", poison)
+    monkeypatch.setattr(worker_module, "Partition", Fragile)
+    world = World(tmp_path / "poison", applied, logs={0: rows})
+    worker = world.worker()
+    world.source.batches = batches
+    status = finish(worker)
+    assert (status[0]["processed"], status[0]["dead"], status[0]["lag"]) == (28, 2, 0)
+    (online, offline, saved, rejects), expected = world.outcome(), clean.outcome()
+    assert (online, offline, saved) == expected[:3]
+    assert {reject.offset for reject in rejects} == {9, 18}
+    for reject in rejects:
+        assert (reject.key, reject.value) == rows[reject.offset]
+        assert "made the computation raise" in reject.reason
+        assert ("ZeroDivisionError" if poison[reject.offset] == "early" else "IndexError") in reject.reason
+
+
+@pytest.mark.parametrize("jump_us", [-3_600_000_000, 86_400_000_000])
+def test_a_clock_that_jumps_changes_no_value_of_a_replayed_history(undisturbed, tmp_path, applied, jump_us):
+    expected = undisturbed[0].outcome()
+    world = World(tmp_path / "jump", applied)
+    worker = world.worker()
+    worker.step()
+    world.wall = count(WALL_US + jump_us)
+    finish(worker)
+    online, offline, saved, rejects = world.outcome()
+    assert (online, offline, rejects) == (expected[0], expected[1], expected[3])
+    assert [one[:2] for one in saved] == [one[:2] for one in expected[2]]
+
+
+MUTATED = st.one_of(
+    st.binary(max_size=80),
+    st.tuples(st.integers(0, 200), st.binary(min_size=1, max_size=6)).map(
+        lambda change: (lambda good: good[: change[0] % len(good)] + change[1] + good[change[0] % len(good) + 1 :])(
+            record("ann", change[0] / 7, change[0])[1]
+        )
+    ),
+    st.builds(lambda minute, added: record("bob", minute, added)[1], st.floats(-60, 60), st.integers(-99, 99)),
+    st.none(),
+)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(MUTATED, min_size=40, max_size=40), st.randoms(use_true_random=False))
+def test_ten_thousand_fuzzed_records_are_all_accounted_for(tmp_path_factory, applied, values, random):
+    values = random.choices(values, k=1_000)
+    world = World(tmp_path_factory.mktemp("fuzz") / "world", applied, logs={0: [(b"k", value) for value in values]})
+    worker = world.worker()
+    world.source.polled = 100
+    row = finish(worker)[0]
+    assert row["processed"] + row["late"] + row["dead"] == len(values)
+    assert {reject.offset for reject in world.rejects.found} <= set(range(len(values)))
+    assert len(world.rejects.found) == row["late"] + row["dead"]

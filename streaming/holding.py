@@ -1,0 +1,84 @@
+"""What a worker holds of a partition, and what it needs around it."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from streaming.partition import Partition
+from streaming.records import Emission, RecordBatch, Reject
+
+DATED_US = (-60_000_000_000_000_000, 250_000_000_000_000_000)
+
+
+class Source(Protocol):
+    """What a worker needs of a consumer (`wire.Consumer`)."""
+
+    lost: dict[int, int]
+
+    def assign(self, partitions: Iterable[int]) -> None: ...  # noqa: D102
+    def seek(self, partition: int, offset: int | None) -> int: ...  # noqa: D102
+    def poll(self, timeout_s: float, max_records: int) -> list[RecordBatch]: ...  # noqa: D102
+    def position(self, partition: int) -> int: ...  # noqa: D102
+    def lag(self) -> dict[int, int]: ...  # noqa: D102
+    def end_offsets(self) -> dict[int, int]: ...  # noqa: D102
+    def commit(self, offsets: Mapping[int, int]) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+class Online(Protocol):
+    """What a worker needs of an online sink (`sinks.OnlineSink`); `sync` is called from another thread."""
+
+    def write(self, emissions: list[Emission]) -> int: ...  # noqa: D102
+    def sync(self) -> None: ...  # noqa: D102
+
+
+class Rejects(Protocol):
+    """What a worker needs of a reject log (`rejects.RejectLog`)."""
+
+    def write(self, rejects: list[Reject]) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+@dataclass
+class Held:
+    """A partition and what waits to reach the offline log and the next checkpoint."""
+
+    partition: Partition
+    epoch: int
+    captured_offset: int
+    saved_offset: int
+    saved_s: float
+    restored: int
+    rows: list[tuple[Emission, int]] = field(default_factory=list)
+    last_record_s: float = 0.0
+    dirty: bool = True  # a restored partition may hold what was due and not emitted
+    unchained: bool = False  # its last snapshot is not the last checkpoint
+    suspect_until: int = -1  # records up to this offset are tried on a copy first
+    checkpoint_bytes: int | None = None
+
+    def figures(self, position: int, lag: int, lost: int, now_us: int, now_s: float) -> dict[str, Any]:
+        """What there is to say of it; `position` and `lag` are of its consumer."""
+        partition, counters = self.partition, self.partition.counters
+        timed = DATED_US[0] < partition.watermark_us < DATED_US[1]  # else no event has set the clock
+        return {
+            "offset": self.saved_offset,
+            "end": position + lag,
+            "lag": lag,
+            "watermark": datetime.fromtimestamp(partition.watermark_us / 1e6, UTC).isoformat() if timed else None,
+            "watermark_s": partition.watermark_us / 1e6 if timed else None,
+            "event_lag_s": round((now_us - partition.clock_us) / 1e6, 3) if timed else None,
+            "processed": counters.processed - counters.dead - counters.late,
+            "dead": counters.dead,
+            "late": counters.late,
+            "lost": lost,
+            "keys": counters.keys,
+            "state_bytes": partition.state_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "checkpoint_age_s": round(now_s - self.saved_s, 3),
+            "read": counters.processed - self.restored,
+            "epoch": self.epoch,
+            "pid": os.getpid(),
+            "heartbeat": datetime.fromtimestamp(now_us / 1e6, UTC).isoformat(),
+        }
