@@ -126,7 +126,7 @@ def read_record(plan: Plan, value: bytes | None) -> Record:
         key = _text(plan.entity, entity)
     else:
         key = _integer(plan.entity, entity, "bigint").to_bytes(8, "little", signed=True)
-    time_us = _time_us(plan.timestamp, _field(fields, plan.timestamp))
+    time_us = read_time_us(plan.timestamp, _field(fields, plan.timestamp))
     values: list[float | None] = []
     for column in plan.columns:
         if column.name in (plan.entity, plan.timestamp):
@@ -136,6 +136,29 @@ def read_record(plan: Plan, value: bytes | None) -> Record:
         else:
             values.append(_column_value(column.name, _field(fields, column.name), column.type))
     return Record(key, time_us, tuple(values))
+
+
+def read_time_us(name: str, value: object) -> int:
+    """Microseconds since 1970 UTC of the timestamp field `name`.
+
+    Raises:
+        RecordError: It is neither ISO 8601 text nor integer epoch milliseconds in the years 1 to 9999.
+    """
+    if type(value) is int:
+        if not MIN_EPOCH_MS <= value <= MAX_EPOCH_MS:
+            raise RecordError(f"field '{name}' is out of the range of epoch milliseconds (years 1 to 9999)")
+        return value * 1000
+    if not isinstance(value, str):
+        raise RecordError(
+            f"field '{name}' holds {_JSON_NAMES[type(value)]}, not an ISO 8601 time or epoch milliseconds"
+        )
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError:
+        raise RecordError(f"field '{name}' is not an ISO 8601 time: {value[:40]!r}") from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return (moment - _EPOCH) // timedelta(microseconds=1)
 
 
 def _parse(value: bytes | None) -> dict[str, object]:
@@ -205,24 +228,6 @@ def _column_value(name: str, value: object, kind: ColumnType) -> float:
             return real
         case _:
             return float(_integer(name, value, kind))
-
-
-def _time_us(name: str, value: object) -> int:
-    if type(value) is int:
-        if not MIN_EPOCH_MS <= value <= MAX_EPOCH_MS:
-            raise RecordError(f"field '{name}' is out of the range of epoch milliseconds (years 1 to 9999)")
-        return value * 1000
-    if not isinstance(value, str):
-        raise RecordError(
-            f"field '{name}' holds {_JSON_NAMES[type(value)]}, not an ISO 8601 time or epoch milliseconds"
-        )
-    try:
-        moment = datetime.fromisoformat(value)
-    except ValueError:
-        raise RecordError(f"field '{name}' is not an ISO 8601 time: {value[:40]!r}") from None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return (moment - _EPOCH) // timedelta(microseconds=1)
 
 
 def _wrong_type(name: str, value: object, kind: str) -> RecordError:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from streaming.decode import Decoder
+from streaming.decode import Columns, Decoder
 from streaming.keys import KeyIndex
 from streaming.plan import Function, Plan
 from streaming.records import Bools, Emission, Floats, Ints, RecordBatch, Reject, RejectKind
@@ -90,19 +90,52 @@ class Partition:
         batch = _from_offset(batch, self.next_offset)
         if len(batch.offsets) == 0:
             return
-        columns, rejects = self._decoder.decode(batch)
+        columns, unread = self._decoder.decode(batch)
+        for refused in self.add(columns, batch.offsets, now_us):
+            rows = np.searchsorted(batch.offsets, [reject.offset for reject in refused]).tolist()
+            named = [
+                reject._replace(key=batch.key(row), value=batch.value(row))
+                for reject, row in zip(refused, rows, strict=True)
+            ]
+            dead = list(takewhile(lambda reject: reject.offset < self.next_offset, unread))
+            del unread[: len(dead)]
+            yield sorted([*named, *dead], key=lambda reject: reject.offset)
+
+    def add(self, columns: Columns, offsets: Ints, now_us: int, mine: Bools | None = None) -> Iterator[list[Reject]]:
+        """Takes decoded records in offset order, piece by piece as `pieces` does.
+
+        Where the first of them enters another pane, the first piece is empty.
+
+        Args:
+            columns: Of N records.
+            offsets: [N] rising, none below `next_offset`.
+            now_us: The wall clock.
+            mine: [N], the records that update an entity and are counted; the clock follows the others too, so that
+                several partitions can share out the entities of one. Default: all.
+
+        Yields:
+            Those of mine that are from the future or late, in offset order and without key and value; the unreadable
+            ones are counted here and known to who decoded them.
+        """
+        mine = np.ones(len(offsets), dtype=np.bool_) if mine is None else mine
         future = columns.readable & (columns.times > now_us + self.plan.future_us)
         seen = columns.readable & ~future
         slides = [ring.slide_us for ring in self._rings]
         marks, late = watermarks(columns.times, seen, self.clock_us, self.plan.delay_us, slides)
-        ids = self._keys.ids(columns.text, columns.entities, seen & ~late)
+        future, late = future & mine, late & mine
+        ids = self._keys.ids(columns.text, columns.entities, seen & mine & ~late)
         self._reserve(len(self._keys))
         limit = np.full(len(marks), now_us)
-        rejects += _refusals(batch, "dead", future, columns.times, limit, "is from the future: the clock says")
-        rejects += _refusals(batch, "late", late, columns.times, marks, "is late: its windows had closed at watermark")
+        number = self.partition
+        rejects = _refusals(number, offsets, "dead", future, columns.times, limit, "is from the future: the clock says")
+        rejects += _refusals(
+            number, offsets, "late", late, columns.times, marks, "is late: its windows had closed at watermark"
+        )
         rejects.sort(key=lambda reject: reject.offset)
         panes = (marks + self.plan.delay_us) // slides[0]
         ends = [*(np.flatnonzero(np.diff(panes)) + 1).tolist(), len(marks)]
+        if self._last_event_now_us != -NEVER_US and panes[0] > self.clock_us // slides[0]:
+            yield []
         for start, end in pairwise([0, *ends]):
             rows = slice(start, end)
             for ring in self._rings:
@@ -112,12 +145,12 @@ class Partition:
             if seen[rows].any():
                 self.clock_us = int(marks[end - 1]) + self.plan.delay_us
                 self._last_event_clock_us, self._last_event_now_us = self.clock_us, now_us
-            self.next_offset = int(batch.offsets[end - 1]) + 1
+            self.next_offset = int(offsets[end - 1]) + 1
             refused = list(takewhile(lambda reject: reject.offset < self.next_offset, rejects))
             del rejects[: len(refused)]
-            self._processed += end - start
+            self._processed += int(mine[rows].sum())
             self._late += int(late[rows].sum())
-            self._dead += len(refused) - int(late[rows].sum())
+            self._dead += int((mine[rows] & ~seen[rows]).sum())
             yield refused
 
     def tick(self, now_us: int) -> None:
@@ -144,6 +177,10 @@ class Partition:
             event_time_us=np.full(len(ids), self.clock_us, dtype=np.int64),
             features=pa.Table.from_arrays(columns, names=names),
         )
+
+    def drain(self) -> Emission:
+        """What would still be emitted if the watermark went on for ever; for bounded input, after its last record."""
+        return self.emit()
 
     def snapshot(self) -> bytes:
         """The whole state as bytes; equal histories give equal bytes."""
@@ -224,15 +261,17 @@ def _from_offset(batch: RecordBatch, offset: int) -> RecordBatch:
     return RecordBatch(batch.partition, batch.buffer, *rows)
 
 
-def _refusals(batch: RecordBatch, kind: RejectKind, rows: Bools, times: Ints, than: Ints, reason: str) -> list[Reject]:
+def _refusals(
+    partition: int, offsets: Ints, kind: RejectKind, rows: Bools, times: Ints, than: Ints, reason: str
+) -> list[Reject]:
     return [
         Reject(
             kind,
-            batch.partition,
-            int(batch.offsets[row]),
+            partition,
+            int(offsets[row]),
             f"event time {_iso(int(times[row]))} {reason} {_iso(int(than[row]))}",
-            batch.key(row),
-            batch.value(row),
+            None,
+            None,
         )
         for row in np.flatnonzero(rows).tolist()
     ]

@@ -58,6 +58,8 @@ class Aggregate:
     function: Function
     window_us: int
     slide_us: int
+    kind: Literal["sliding", "session", "last", "lifetime"] = "sliding"
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class Plan:
     aggregates: tuple[Aggregate, ...]
     delay_us: int
     future_us: int = 3_600_000_000
+    emission: Literal["fresh", "final"] = "fresh"
+    lateness_us: int = 0
+    clocks: Literal["partition", "key"] = "partition"
+    idle_ttl_us: int = 0
 
     @property
     def fingerprint(self) -> str:
