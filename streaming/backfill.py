@@ -53,13 +53,13 @@ class Output(NamedTuple):
     Attributes:
         uri: Folder, local or a URI of Arrow's file systems.
         event_timestamp: Name of the column with the clock at which a row holds.
-        created_timestamp: Name of the column with `created_us`.
+        created_timestamp: Name of the column with `created_us`; None for no such column.
         created_us: The wall clock, which is also what decides whether an event is from the future.
     """
 
     uri: str
     event_timestamp: str
-    created_timestamp: str
+    created_timestamp: str | None
     created_us: int
 
 
@@ -128,15 +128,16 @@ class Shard:
 
 def table(plan: Plan, emission: Emission, output: Output) -> pa.Table:
     """The rows of an emission with the columns of the offline log."""
-    created = np.full(len(emission.entities), output.created_us, dtype=np.int64)
-    return pa.table(
-        {
-            plan.entity: emission.entities,
-            **dict(zip(emission.features.column_names, emission.features.columns, strict=True)),
-            output.event_timestamp: pa.array(emission.event_time_us, TIMESTAMP),
-            output.created_timestamp: pa.array(created, TIMESTAMP),
-        }
-    )
+    features = dict(zip(emission.features.column_names, emission.features.columns, strict=True))
+    columns = {
+        plan.entity: emission.entities,
+        **features,
+        output.event_timestamp: pa.array(emission.event_time_us, TIMESTAMP),
+    }
+    if output.created_timestamp is not None:
+        created = np.full(len(emission.entities), output.created_us, dtype=np.int64)
+        columns[output.created_timestamp] = pa.array(created, TIMESTAMP)
+    return pa.table(columns)
 
 
 def prepare(output: Output) -> None:
