@@ -4,12 +4,14 @@ In feature_store.yaml:
 
     batch_engine:
       type: streaming.compute_engine.MillraceComputeEngine
-      offline_path: data/features    # only for views with offline=True
+      offline_path: data/features    # where the rows of all windows go too, as Parquet; without it only online
 
 A view with aggregations whose batch source holds raw events gets the final values of its windows: a row at each E
 covers [E - window, E). The events of a materialization are read with what the windows reach back to, so that its first
 rows are whole too, and sorted by time, so that none is late. Any other view, and a view whose batch source is the
-offline log of its features, is materialized as Feast's own local engine does.
+offline log of its features, is materialized as Feast's own local engine does. What Feast 0.67 does not keep in its
+registry cannot be materialized from there: the aggregations of a BatchFeatureView (a task with the view itself works)
+and `offline` of a StreamFeatureView (`offline_path` decides).
 """
 
 import dataclasses
@@ -96,7 +98,7 @@ class MillraceComputeEngine(LocalComputeEngine):
                     f"View '{view.name}' has windows: it cannot be materialized without event timestamps."
                 )
             rows = self._rows(registry, task.project, view, _utc(task.start_time), _utc(task.end_time))
-            if view.offline:
+            if view.offline or self._offline_path is not None:
                 self._write_offline(view, rows, task)
             if view.online:
                 self._write_online(registry, task, rows)
@@ -121,7 +123,8 @@ class MillraceComputeEngine(LocalComputeEngine):
             raise EngineError(
                 f"View '{view.name}': give a DataFrame with the columns '{join_key}' and event_timestamp."
             )
-        left = asked.assign(event_timestamp=pd.to_datetime(asked["event_timestamp"], utc=True).astype("M8[us, UTC]"))
+        moments: Any = pd.to_datetime(asked["event_timestamp"], utc=True)
+        left = asked.assign(event_timestamp=moments.astype("M8[us, UTC]"))
         ttl = view.ttl or None
         end = left["event_timestamp"].max().to_pydatetime()
         start = left["event_timestamp"].min().to_pydatetime() - ttl if ttl else EPOCH
@@ -140,11 +143,25 @@ class MillraceComputeEngine(LocalComputeEngine):
         return pa.Table.from_pandas(joined.sort_index(), preserve_index=False)
 
     def _source_columns(self, view: Any) -> dict[str, pa.DataType]:
-        """The schema of a view's batch source; empty where the view has no aggregations to compute."""
-        if not getattr(view, "aggregations", None):
-            return {}
+        """The schema of a view's batch source; empty where the view has no aggregations to compute.
+
+        Raises:
+            EngineError: The view is a BatchFeatureView that lost its aggregations in the registry.
+        """
         source = view.batch_source
+        if source is None:
+            return {}
         names = [name for name, _ in source.get_table_column_names_and_types(self.repo_config)]
+        if not getattr(view, "aggregations", None):
+            plain = not (getattr(view, "feature_transformation", None) or source.field_mapping)
+            missing = [field.name for field in view.features if field.name not in names]
+            if plain and missing:
+                raise EngineError(
+                    f"View '{view.name}' has no aggregations and its batch source no column '{missing[0]}'. Feast's"
+                    " registry does not keep those of a BatchFeatureView: declare a StreamFeatureView, whose"
+                    " batch_source holds the events."
+                )
+            return {}
         columns = [name for name in names if name != source.timestamp_field]
         nothing = self._pull(source, [], columns, EPOCH, EPOCH).to_arrow()
         return {field.name: field.type for field in nothing.schema if field.name in names}
