@@ -80,7 +80,8 @@ def pieces(plan: Plan, source: str) -> Iterator[Piece]:
         TableError: A Parquet file lacks what the plan reads.
     """
     if source.startswith("kafka:"):
-        yield from _records(plan, source.removeprefix("kafka:"))
+        topic, reader = source.removeprefix("kafka:"), f"millrace-backfill-{plan.view}"
+        yield from records(plan.bootstrap_servers, topic, reader)
         return
     first = 0
     for uri, kind, size in _files(source):
@@ -119,6 +120,38 @@ def decoded(plan: Plan, piece: Piece) -> Iterator[Decoded]:
         case RecordBatch():
             columns, rejects = Decoder(plan).decode(piece)
             yield Decoded(piece.partition, columns, piece.offsets, rejects)
+
+
+def records(bootstrap_servers: str, topic: str, group: str) -> Iterator[RecordBatch]:
+    """All records that the partitions of a topic hold now, each partition in the order of its offsets.
+
+    Raises:
+        HistoryError: There is no such topic, or the broker falls silent.
+    """
+    from kafka import KafkaAdminClient
+
+    admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers.split(","))
+    try:
+        if topic not in admin.list_topics():
+            raise HistoryError(f"There is no topic {topic!r} at {bootstrap_servers}.")
+        numbers = [each["partition_index"] for each in admin.describe_topics([topic])[0]["partitions"]]
+    finally:
+        admin.close()
+    consumer = Consumer(bootstrap_servers, topic, group)
+    try:
+        consumer.assign(numbers)
+        for number in numbers:
+            consumer.seek(number, None)
+        ends = consumer.end_offsets()
+        silent_s = 0.0
+        while any(consumer.position(number) < ends[number] for number in numbers):
+            batches = consumer.poll(FETCH_S, ROWS_A_CHUNK)
+            silent_s = 0.0 if batches else silent_s + FETCH_S
+            if silent_s >= SILENT_S:
+                raise HistoryError(f"Kafka at {bootstrap_servers} gave nothing of {topic!r} for {SILENT_S:.0f} s.")
+            yield from (piece for batch in batches if len((piece := _until(batch, ends[batch.partition])).offsets))
+    finally:
+        consumer.close()
 
 
 def _files(source: str) -> Sequence[tuple[str, str, int]]:
@@ -238,34 +271,6 @@ def _from_lines(plan: Plan, data: bytes, first: int) -> Decoded:
     batch = RecordBatch(0, buffer, offsets, np.full((count, 2), -1, np.int64), spans, np.zeros(count, np.int64))
     columns, rejects = Decoder(plan).decode(batch)
     return Decoded(0, columns, offsets, rejects)
-
-
-def _records(plan: Plan, topic: str) -> Iterator[RecordBatch]:
-    """All records that the partitions of a topic hold now, each partition in the order of its offsets."""
-    from kafka import KafkaAdminClient
-
-    admin = KafkaAdminClient(bootstrap_servers=plan.bootstrap_servers.split(","))
-    try:
-        if topic not in admin.list_topics():
-            raise HistoryError(f"There is no topic {topic!r} at {plan.bootstrap_servers}.")
-        numbers = [each["partition_index"] for each in admin.describe_topics([topic])[0]["partitions"]]
-    finally:
-        admin.close()
-    consumer = Consumer(plan.bootstrap_servers, topic, group=f"millrace-backfill-{plan.view}")
-    try:
-        consumer.assign(numbers)
-        for number in numbers:
-            consumer.seek(number, None)
-        ends = consumer.end_offsets()
-        silent_s = 0.0
-        while any(consumer.position(number) < ends[number] for number in numbers):
-            batches = consumer.poll(FETCH_S, ROWS_A_CHUNK)
-            silent_s = 0.0 if batches else silent_s + FETCH_S
-            if silent_s >= SILENT_S:
-                raise HistoryError(f"Kafka at {plan.bootstrap_servers} gave nothing of {topic!r} for {SILENT_S:.0f} s.")
-            yield from (piece for batch in batches if len((piece := _until(batch, ends[batch.partition])).offsets))
-    finally:
-        consumer.close()
 
 
 def _until(batch: RecordBatch, end: int) -> RecordBatch:
