@@ -1,0 +1,204 @@
+"""Windowed features in process, with the kernel of the stream and none of its surroundings: no Kafka, Feast or Ray.
+
+    features = WindowFeatures()
+    features.register_window("amount", "amount", ["mean", "count"], timedelta(hours=1), slide=timedelta(minutes=5))
+    features.process_event("card 7", {"amount": 12.5}, datetime(2024, 5, 1, 12, 0, tzinfo=UTC))
+    features.get_features("card 7", ["amount_mean", "amount_count"])  # [12.5, 1]
+
+The values are bit for bit those of the same aggregates over a topic of these events: event time, one clock for all
+entities, and a value that falls as its window slides past old events, by the events of other entities too.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast, get_args
+
+import numpy as np
+
+from streaming.partition import Counters, Partition
+from streaming.plan import Aggregate, Column, ColumnType, Function, Plan
+from streaming.records import RecordBatch, Reject
+
+EVENTS_A_BATCH = 4_096
+ENTITY, TIME = "entity", "event_time"
+
+Value = int | float | str | list[str] | None
+
+
+class WindowError(ValueError):
+    """A window or a question that makes no sense, in one sentence."""
+
+
+class WindowFeatures:
+    """Windows over the events of many entities; not safe for use by two threads.
+
+    Args:
+        delay: How far the watermark stays behind the newest event: what comes later than that is late once its windows
+            have closed, and changes nothing.
+        on_reject: Told each event that changed nothing, with its reason; they are counted in `counters` in any case.
+        now: The wall clock, against which an event is from the future; by default an event may have any time.
+    """
+
+    def __init__(
+        self,
+        delay: timedelta = timedelta(),
+        on_reject: Callable[[Reject], None] = lambda _: None,
+        now: Callable[[], datetime] = lambda: datetime.max.replace(tzinfo=UTC),
+    ) -> None:
+        self._delay, self._on_reject, self._now = delay, on_reject, now
+        self._columns: dict[str, Column] = {}
+        self._aggregates: dict[str, Aggregate] = {}
+        self._partition: Partition | None = None
+        self._events: list[bytes] = []
+        self._values: dict[str, tuple[Value, ...]] = {}
+
+    @property
+    def counters(self) -> Counters:
+        """What has been done with the events so far."""
+        self._flush()
+        return self._partition.counters if self._partition else Counters(0, 0, 0, 0)
+
+    def register_window(
+        self,
+        name: str,
+        field: str,
+        functions: Sequence[str],
+        length: timedelta | None = None,
+        *,
+        slide: timedelta | None = None,
+        gap: timedelta | None = None,
+        last: int | None = None,
+        type: ColumnType = "double",  # noqa: A002
+    ) -> list[str]:
+        """Declares a window over a field of the events; returns the names of its features, `NAME_FUNCTION`.
+
+        Give one of `length` (tumbling, or sliding by `slide`), `gap` (a session that ends when an entity is silent for
+        so long) and `last` (the newest N events of the entity), or none of them for a lifetime.
+
+        Args:
+            name: The beginning of the features' names.
+            field: Of the events; one that is missing or None is not counted.
+            functions: Of `streaming.plan.Function`.
+            length: Of the window.
+            slide: Divides the length; by default the length itself.
+            gap: Of a session.
+            last: How many events.
+            type: Of the field's values; events with another type are rejected.
+
+        Raises:
+            WindowError: The window cannot be computed, or events have been processed already.
+        """
+        if self._partition is not None:
+            raise WindowError(f"Window '{name}' comes too late: register all windows before the first event.")
+        if sum(each is not None for each in (length, gap, last)) > 1:
+            raise WindowError(f"Window '{name}': give one of length, gap and last.")
+        if field in (ENTITY, TIME):
+            raise WindowError(f"Window '{name}': '{field}' is kept for the event's own; call the field otherwise.")
+        known = self._columns.setdefault(field, Column(field, type, nullable=True))
+        if known.type != type:
+            raise WindowError(f"Window '{name}': the field '{field}' is {known.type} in another window.")
+        shape = _shape(name, length, slide, gap, last)
+        names = [f"{name}_{function}" for function in functions]
+        for feature, function in zip(names, functions, strict=True):
+            if function not in get_args(Function):
+                choice = ", ".join(get_args(Function))
+                raise WindowError(f"Window '{name}': there is no function '{function}'; take one of {choice}.")
+            if feature in self._aggregates:
+                raise WindowError(f"Window '{name}': there is a feature '{feature}' already: choose another name.")
+            self._aggregates[feature] = Aggregate(feature, field, cast(Function, function), **shape)
+        return names
+
+    def process_event(self, entity: str, event: Mapping[str, Any], time: datetime) -> None:
+        """Takes an event, in the order in which it comes.
+
+        Args:
+            entity: Who it belongs to.
+            event: Field to value; fields of no window are not read.
+            time: Event time, aware; one that is a little out of order is put where it belongs.
+        """
+        if not self._aggregates:
+            raise WindowError("There is no window: call register_window first.")
+        if time.tzinfo is None:
+            raise WindowError(f"The time {time} of an event has no zone: give an aware datetime.")
+        fields = {name: event[name] for name in self._columns if name in event}
+        self._events.append(json.dumps({**fields, ENTITY: entity, TIME: time.isoformat()}, default=repr).encode())
+        if len(self._events) == EVENTS_A_BATCH:
+            self._flush()
+
+    def get_features(self, entity: str, names: Sequence[str]) -> list[Value]:
+        """The values of features at the clock, which is the newest event time of all entities.
+
+        An entity without an event has counts of 0, sums of 0.0 and None otherwise, as one whose windows are empty.
+
+        Raises:
+            WindowError: There is no feature of this name.
+        """
+        self._flush()
+        at = {name: index for index, name in enumerate(self._aggregates)}
+        for name in names:
+            if name not in at:
+                raise WindowError(f"There is no feature '{name}': there are {', '.join(at) or 'none'}.")
+        values = self._values.get(entity)
+        if values is None:
+            values = tuple(_empty(aggregate.function) for aggregate in self._aggregates.values())
+        return [values[at[name]] for name in names]
+
+    def _flush(self) -> None:
+        """Computes what has been put by: results do not depend on when."""
+        if not self._events:
+            return
+        partition = self._partition = self._partition or Partition(self._plan(), 0)
+        for reject in partition.process(_batch(self._events, partition.next_offset), _us(self._now())):
+            self._on_reject(reject)
+        self._events = []
+        emission = partition.emit()
+        rows = zip(*(column.to_pylist() for column in emission.features.columns), strict=True)
+        self._values.update(zip(emission.entities.to_pylist(), rows, strict=True))
+
+    def _plan(self) -> Plan:
+        columns, aggregates = tuple(self._columns.values()), tuple(self._aggregates.values())
+        delay_us = self._delay // timedelta(microseconds=1)
+        return Plan("window_features", "", "", ENTITY, "string", TIME, columns, aggregates, delay_us)
+
+
+def _shape(
+    name: str, length: timedelta | None, slide: timedelta | None, gap: timedelta | None, last: int | None
+) -> dict[str, Any]:
+    """What an `Aggregate` says of its window."""
+    microsecond = timedelta(microseconds=1)
+    if last is not None:
+        if last < 1:
+            raise WindowError(f"Window '{name}': last is {last}, it must be at least 1.")
+        return {"window_us": 0, "slide_us": 0, "kind": "last", "size": last}
+    if gap is not None:
+        if gap <= timedelta():
+            raise WindowError(f"Window '{name}': the gap is {gap}, it must be longer than nothing.")
+        return {"window_us": gap // microsecond, "slide_us": gap // microsecond, "kind": "session"}
+    if length is None:
+        return {"window_us": 0, "slide_us": 0, "kind": "lifetime"}
+    slide = length if slide is None else slide
+    if slide <= timedelta() or length % slide or length <= timedelta():
+        raise WindowError(f"Window '{name}': the slide of {slide} must divide the length of {length}.")
+    return {"window_us": length // microsecond, "slide_us": slide // microsecond}
+
+
+def _empty(function: Function) -> Value:
+    return {"count": 0, "count_distinct": 0, "sum": 0.0}.get(function)
+
+
+def _batch(events: Sequence[bytes], first: int) -> RecordBatch:
+    ends = np.cumsum([0, *map(len, events)], dtype=np.int64)
+    count = len(events)
+    return RecordBatch(
+        partition=0,
+        buffer=np.frombuffer(b"".join(events), dtype=np.uint8),
+        offsets=np.arange(first, first + count, dtype=np.int64),
+        keys=np.full((count, 2), -1, dtype=np.int64),
+        values=np.stack([ends[:-1], ends[1:]], axis=1),
+        timestamps_ms=np.zeros(count, dtype=np.int64),
+    )
+
+
+def _us(time: datetime) -> int:
+    return (time - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
