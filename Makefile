@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHES := streaming inference recovery
+BENCHES := streaming backfill inference recovery
+
+# Without starting what a package brings as a service.
+INSTALL := test "$$(id -u)" = 0 && apt-get update -qq && \
+	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends
 
 # Cached byte code makes every process of the system start in half the time.
 unexport PYTHONDONTWRITEBYTECODE
@@ -17,6 +21,7 @@ $(READY): pyproject.toml constraints.txt ops/kafka-jars.txt
 	$(BIN)/pip install --quiet uv==0.13.9
 	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m ops.jars
+	command -v redis-server >/dev/null || ( $(INSTALL) redis-server >/dev/null ) || echo "no redis-server: its tests are skipped"
 	$(BIN)/python -m streaming.compile_kernels
 	touch $(READY)
 

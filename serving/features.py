@@ -8,12 +8,10 @@ the rows are counted by view and reason.
 
 import logging
 import math
-import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -238,24 +236,15 @@ def _number(value: Any) -> float:
 
 
 def _newest_row_s(store: Any, view: str) -> float:
-    """The newest event of a view in a sqlite online store, so that a stale entity is seen as such from the first read.
+    """The newest event of a view in an online store of ours, so that a stale entity is seen from the first read.
 
     Other stores offer no such question: there the clock starts with the first rows that are read.
     """
-    path = getattr(store.config.online_store, "path", None)
-    if path is None:
+    online = store._get_provider().online_store
+    if not hasattr(online, "newest_event_us"):
         return -math.inf
-    file = Path(path) if Path(path).is_absolute() else Path(store.repo_path) / path
     try:
-        connection = sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)
-        try:
-            table = f"{store.project}_{view}".replace('"', '""')
-            (newest,) = connection.execute(f'SELECT max(event_ts) FROM "{table}"').fetchone()  # noqa: S608
-        finally:
-            connection.close()
-    except sqlite3.Error:
+        newest_us = online.newest_event_us(store.config, store.registry.get_any_feature_view(view, store.project))
+    except OnlineStoreError:
         return -math.inf
-    if newest is None:
-        return -math.inf
-    # Feast's own reading of its column: local wall time taken for UTC.
-    return datetime.fromtimestamp(newest).replace(tzinfo=UTC).timestamp()  # noqa: DTZ006
+    return -math.inf if newest_us is None else float(newest_us / 1e6)

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from streaming.decode import Columns, RecordError, read_time_us
+from streaming.keys import hash_texts
 from streaming.plan import Column, Plan
-from streaming.records import Bools, Floats, Ints, Reject
+from streaming.records import Bools, Bytes, Floats, Ints, Reject
 from streaming.scan import MAX_EPOCH_MS, MIN_EPOCH_MS
 
 _BITS = {"tinyint": 8, "smallint": 16, "int": 32, "bigint": 64}
@@ -68,6 +69,7 @@ def columns(plan: Plan, batch: pa.RecordBatch, partition: int, offsets: Ints) ->
 
     times = _times(plan.timestamp, _array(batch, plan.timestamp), refuse)
     text, entities = _entities(plan, _array(batch, plan.entity), refuse)
+    texts: list[Ints] = []
     values = np.zeros((batch.num_rows, len(plan.columns)))
     present = np.ones(values.shape, dtype=np.bool_)
     for at, column in enumerate(plan.columns):
@@ -77,10 +79,18 @@ def columns(plan: Plan, batch: pa.RecordBatch, partition: int, offsets: Ints) ->
             values[:, at], present[:, at] = _values(column, _array(batch, column.name), refuse)
         else:
             present[:, at] = False
+        if column.role != "number":
+            more, spans = _texts(batch, column.name)
+            if column.role == "hash":
+                values[:, at] = np.where(present[:, at], hash_texts(more, spans), 0.0)
+            else:
+                texts.append(spans + len(text))
+                text = np.concatenate([text, more])
         if not column.nullable:
             refuse(~present[:, at], f"field '{column.name}' is null")
     rejects = [Reject("dead", partition, int(offsets[row]), reasons[row], None, None) for row in sorted(reasons)]
-    return Columns(readable, times, text, entities, values, present), rejects
+    spans_of_texts = np.stack(texts, axis=1) if texts else np.zeros((batch.num_rows, 0, 2), dtype=np.int64)
+    return Columns(readable, times, text, entities, values, present, spans_of_texts), rejects
 
 
 def _times(name: str, array: pa.Array, refuse: Refuse) -> Ints:
@@ -116,16 +126,28 @@ def _read_times(name: str, array: pa.Array, valid: Bools, refuse: Refuse) -> Int
     return times
 
 
-def _entities(plan: Plan, array: pa.Array, refuse: Refuse) -> tuple[np.ndarray, Ints]:
+def _entities(plan: Plan, array: pa.Array, refuse: Refuse) -> tuple[Bytes, Ints]:
     refuse(~_valid(array), f"field '{plan.entity}' is null")
-    spans = np.empty((len(array), 2), dtype=np.int64)
     if plan.entity_type == "int64":
+        spans = np.empty((len(array), 2), dtype=np.int64)
         if array.type == pa.uint64():
             large = pc.fill_null(array, 0).to_numpy() >= np.uint64(1 << 63)
             refuse(large, f"field '{plan.entity}' is out of the range of bigint")
         spans[:, 0] = np.arange(len(array)) * 8
         spans[:, 1] = spans[:, 0] + 8
         return _integers(array).view(np.uint8), spans
+    return _spans(array)
+
+
+def _texts(batch: pa.RecordBatch, name: str) -> tuple[Bytes, Ints]:
+    """The bytes of a column of text and the span of each row, empty where null or where there is no such column."""
+    if name not in batch.schema.names:
+        return np.zeros(8, dtype=np.uint8), np.zeros((batch.num_rows, 2), dtype=np.int64)
+    return _spans(pc.fill_null(_array(batch, name).cast(pa.string()), ""))
+
+
+def _spans(array: pa.Array) -> tuple[Bytes, Ints]:
+    spans = np.empty((len(array), 2), dtype=np.int64)
     wide = pa.types.is_large_string(array.type)
     if not (wide or pa.types.is_string(array.type)):
         array = array.cast(pa.string())

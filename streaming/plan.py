@@ -32,7 +32,7 @@ _FIELD = re.compile(
     r"\s*(?:`(?P<quoted>[^`]+)`|(?P<name>\w+))(?:\s*:\s*|\s+)(?P<type>.+?)(?P<required>\s+not\s+null)?\s*",
     re.IGNORECASE,
 )
-_FUNCTIONS = (
+FUNCTIONS = (
     *("count", "sum", "mean", "min", "max", "std", "var", "first", "last", "count_distinct"),
     *("p1 to p99", "top_1 to top_100", "decayed_mean"),
 )
@@ -100,11 +100,17 @@ class Aggregate:
         match = re.fullmatch(r"top_(\d{1,3})", self.function)
         return int(match[1]) if match and 1 <= int(match[1]) <= 100 else None
 
+    def fits(self, declared: ColumnType) -> bool:
+        """Whether the function is defined for values of a type."""
+        if declared == "string":
+            return self.top is not None or self.function in _OF_TEXT
+        return self.top is None
+
     @property
     def known(self) -> bool:
         """Whether the function is one that can be computed."""
         return (
-            self.function in _FUNCTIONS[:10]
+            self.function in FUNCTIONS[:10]
             or self.function == "decayed_mean"
             or self.quantile is not None
             or self.top is not None
@@ -314,7 +320,7 @@ def _aggregates(where: str, view: "StreamFeatureView", tags: dict[str, str]) -> 
                 raise PlanError(f"{what}: the slide of {slide} must divide the window of {length}.")
             aggregate = Aggregate(name, declared.column, function, _us(length), _us(slide))
         if not aggregate.known:
-            raise PlanError(f"{what}: the function must be one of {', '.join(_FUNCTIONS)}.")
+            raise PlanError(f"{what}: the function must be one of {', '.join(FUNCTIONS)}.")
         if function == "decayed_mean" and (aggregate.kind != "lifetime" or not aggregate.window_us):
             raise PlanError(f"{what}: it decays over its time_window, the half-life: give it that and no other window.")
         if name in {aggregate.name for aggregate in aggregates}:
@@ -349,11 +355,7 @@ def _columns(
                 raise PlanError(f"{where}: '{name}' is the entity or the timestamp: it can be counted only.")
             columns[name, "number"] = Column(name, "string", nullable=False)
             continue
-        allowed = set(get_args(ColumnType))
-        if aggregate.top is not None:
-            allowed = {"string"}
-        elif aggregate.function not in _OF_TEXT:
-            allowed.remove("string")
+        allowed = {declared for declared in get_args(ColumnType) if aggregate.fits(declared)}
         _check_type(where, schema, aggregate.column, f"{aggregate.function} column", allowed)
         declared, nullable = schema[aggregate.column]
         column_type = cast(ColumnType, declared)

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from streaming.partition import Partition, StateError
+from streaming.partition import Partition
 from streaming.records import RecordBatch, Reject
+from streaming.state import StateError
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ entities, and a value that falls as its window slides past old events, by the ev
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, cast, get_args
+from typing import Any
 
 import numpy as np
 
 from streaming.partition import Counters, Partition
-from streaming.plan import Aggregate, Column, ColumnType, Function, Plan
+from streaming.plan import FUNCTIONS, Aggregate, Column, ColumnType, Plan, Role, role
 from streaming.records import RecordBatch, Reject
 
 EVENTS_A_BATCH = 4_096
@@ -47,7 +47,8 @@ class WindowFeatures:
         now: Callable[[], datetime] = lambda: datetime.max.replace(tzinfo=UTC),
     ) -> None:
         self._delay, self._on_reject, self._now = delay, on_reject, now
-        self._columns: dict[str, Column] = {}
+        self._types: dict[str, ColumnType] = {}
+        self._columns: dict[tuple[str, Role], Column] = {}
         self._aggregates: dict[str, Aggregate] = {}
         self._partition: Partition | None = None
         self._events: list[bytes] = []
@@ -79,7 +80,7 @@ class WindowFeatures:
         Args:
             name: The beginning of the features' names.
             field: Of the events; one that is missing or None is not counted.
-            functions: Of `streaming.plan.Function`.
+            functions: Of `streaming.plan.FUNCTIONS`; strings have count, count_distinct, first, last and top_k.
             length: Of the window.
             slide: Divides the length; by default the length itself.
             gap: Of a session.
@@ -95,18 +96,22 @@ class WindowFeatures:
             raise WindowError(f"Window '{name}': give one of length, gap and last.")
         if field in (ENTITY, TIME):
             raise WindowError(f"Window '{name}': '{field}' is kept for the event's own; call the field otherwise.")
-        known = self._columns.setdefault(field, Column(field, type, nullable=True))
-        if known.type != type:
-            raise WindowError(f"Window '{name}': the field '{field}' is {known.type} in another window.")
+        if self._types.setdefault(field, type) != type:
+            raise WindowError(f"Window '{name}': the field '{field}' is {self._types[field]} in another window.")
         shape = _shape(name, length, slide, gap, last)
         names = [f"{name}_{function}" for function in functions]
         for feature, function in zip(names, functions, strict=True):
-            if function not in get_args(Function):
-                choice = ", ".join(get_args(Function))
+            aggregate = Aggregate(feature, field, function, **shape)
+            if not aggregate.known or function == "decayed_mean":
+                choice = ", ".join(each for each in FUNCTIONS if each != "decayed_mean")
                 raise WindowError(f"Window '{name}': there is no function '{function}'; take one of {choice}.")
+            if not aggregate.fits(type):
+                raise WindowError(f"Window '{name}': {function} is not defined for the {type} field '{field}'.")
             if feature in self._aggregates:
                 raise WindowError(f"Window '{name}': there is a feature '{feature}' already: choose another name.")
-            self._aggregates[feature] = Aggregate(feature, field, cast(Function, function), **shape)
+            self._aggregates[feature] = aggregate
+            needed = role(function, type)
+            self._columns[field, needed] = Column(field, type, nullable=True, role=needed)
         return names
 
     def process_event(self, entity: str, event: Mapping[str, Any], time: datetime) -> None:
@@ -121,7 +126,7 @@ class WindowFeatures:
             raise WindowError("There is no window: call register_window first.")
         if time.tzinfo is None:
             raise WindowError(f"The time {time} of an event has no zone: give an aware datetime.")
-        fields = {name: event[name] for name in self._columns if name in event}
+        fields = {name: event[name] for name in self._types if name in event}
         self._events.append(json.dumps({**fields, ENTITY: entity, TIME: time.isoformat()}, default=repr).encode())
         if len(self._events) == EVENTS_A_BATCH:
             self._flush()
@@ -141,7 +146,7 @@ class WindowFeatures:
                 raise WindowError(f"There is no feature '{name}': there are {', '.join(at) or 'none'}.")
         values = self._values.get(entity)
         if values is None:
-            values = tuple(_empty(aggregate.function) for aggregate in self._aggregates.values())
+            values = tuple(_empty(aggregate) for aggregate in self._aggregates.values())
         return [values[at[name]] for name in names]
 
     def _flush(self) -> None:
@@ -183,8 +188,10 @@ def _shape(
     return {"window_us": length // microsecond, "slide_us": slide // microsecond}
 
 
-def _empty(function: Function) -> Value:
-    return {"count": 0, "count_distinct": 0, "sum": 0.0}.get(function)
+def _empty(aggregate: Aggregate) -> Value:
+    if aggregate.top is not None:
+        return []
+    return {"count": 0, "count_distinct": 0, "sum": 0.0}.get(aggregate.function)
 
 
 def _batch(events: Sequence[bytes], first: int) -> RecordBatch:

@@ -30,13 +30,16 @@ class Store:
         self.reads = []
         self.go_on = threading.Event()
         self.go_on.set()
-        self.config = SimpleNamespace(online_store=SimpleNamespace())
+        self.config = None
         fields = [SimpleNamespace(name=name) for name in ("count", "mean")]
         projection = SimpleNamespace(name="activity", features=fields, name_to_use=lambda: "activity")
         self.service = SimpleNamespace(name="robots", feature_view_projections=[projection])
         columns = [SimpleNamespace(name=name, dtype=dtype) for name, dtype in keys]
         view = SimpleNamespace(ttl=timedelta(days=1), entity_columns=columns)
         self.registry = SimpleNamespace(get_any_feature_view=lambda name, project: view)
+
+    def _get_provider(self):
+        return SimpleNamespace(online_store=SimpleNamespace())
 
     def list_feature_services(self):
         return [self.service]
