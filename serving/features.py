@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.errors import bad_request
+from streaming.sqlite_store import OnlineStoreError
 
 logger = logging.getLogger(__name__)
 

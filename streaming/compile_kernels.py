@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
 import numpy as np
@@ -38,14 +38,16 @@ def inlined(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def compile_all() -> None:
-    """Compiles every kernel for the types it is used with, by running a few records through a partition."""
+    """Compiles every kernel for the types it is used with, by running a few records through windows of every kind."""
     from streaming.partition import Partition
-    from streaming.plan import Aggregate, Column, Plan
+    from streaming.plan import Aggregate, Column, EntityType, Plan
     from streaming.records import RecordBatch
+    from streaming.simulators import bulk
+    from streaming.simulators.arrival import Faults
     from streaming.wire import parse_records
 
-    record = b'{"entity": 1, "time": "1970-01-01T00:00:00Z", "amount": 1.5}'
-    count = 100  # enough for the hash table to grow, which has a kernel of its own
+    record = b'{"entity": 1, "name": "one", "time": "1970-01-01T00:00:00Z", "amount": 1.5}'
+    count = 200  # enough for the hash table to grow and for sketches to be merged, which have kernels of their own
     batch = RecordBatch(
         partition=0,
         buffer=np.frombuffer(record, dtype=np.uint8),
@@ -54,22 +56,29 @@ def compile_all() -> None:
         values=np.tile(np.array([[0, len(record)]], dtype=np.int64), (count, 1)),
         timestamps_ms=np.zeros(count, dtype=np.int64),
     )
-    plan = Plan(
-        view="warm_up",
-        topic="warm_up",
-        bootstrap_servers="",
-        entity="entity",
-        entity_type="int64",
-        timestamp="time",
-        columns=(Column("amount", "double", nullable=True),),
-        aggregates=(Aggregate("sum_amount", "amount", "sum", window_us=2_000_000, slide_us=1_000_000),),
-        delay_us=0,
+    columns = (
+        Column("amount", "double", nullable=True),
+        Column("name", "string", nullable=True, role="hash"),
+        Column("name", "string", nullable=True, role="text"),
     )
-    partition = Partition(plan, 0)
-    partition.process(batch, now_us=0)
-    partition.emit()
+    functions = (("amount", "sum"), ("amount", "p50"), ("name", "count_distinct"), ("name", "top_1"))
+    shapes: tuple[dict[str, Any], ...] = (
+        {"window_us": 2_000_000, "slide_us": 1_000_000},
+        {"window_us": 1_000_000, "kind": "session"},
+        {"size": 2, "kind": "last"},
+        {"kind": "lifetime"},
+    )
+    keys: tuple[tuple[str, EntityType], ...] = (("entity", "int64"), ("name", "string"))
+    for shape in shapes:
+        for entity, entity_type in keys:
+            aggregates = tuple(Aggregate(function, column, function, **shape) for column, function in functions)
+            plan = Plan("warm_up", "", "", entity, entity_type, "time", columns, aggregates, delay_us=0)
+            partition = Partition(plan, 0)
+            partition.process(batch, now_us=0)
+            partition.emit()
     nothing, spans = np.empty(0, dtype=np.int64), np.empty((0, 2), dtype=np.int64)
     parse_records(batch.buffer, 0, 0, 0, nothing, nothing.copy(), spans, spans.copy())
+    bulk.stages(1, faults=Faults(disorder=0.5, poison=0.5))
 
 
 if __name__ == "__main__":
