@@ -46,7 +46,7 @@ def compile_all() -> None:
     from streaming.simulators.arrival import Faults
     from streaming.wire import parse_records
 
-    record = b'{"entity": 1, "name": "one", "time": "1970-01-01T00:00:00Z", "amount": 1.5}'
+    record = b'{"id": 1, "user": "one", "name": "one", "time": "1970-01-01T00:00:00Z", "amount": 1.5}'
     count = 200  # enough for the hash table to grow and for sketches to be merged, which have kernels of their own
     batch = RecordBatch(
         partition=0,
@@ -68,7 +68,7 @@ def compile_all() -> None:
         {"size": 2, "kind": "last"},
         {"kind": "lifetime"},
     )
-    keys: tuple[tuple[str, EntityType], ...] = (("entity", "int64"), ("name", "string"))
+    keys: tuple[tuple[str, EntityType], ...] = (("id", "int64"), ("user", "string"))
     for shape in shapes:
         for entity, entity_type in keys:
             aggregates = tuple(Aggregate(function, column, function, **shape) for column, function in functions)
