@@ -40,7 +40,7 @@ from streaming import arrow_columns
 from streaming.backfill import Output, table
 from streaming.checkpoint import filesystem, write_atomic
 from streaming.partition import Partition
-from streaming.plan import EntityType, Plan, PlanError, compile_view
+from streaming.plan import EntityType, Plan, PlanError, check_together, compile_view
 
 log = logging.getLogger(__name__)
 
@@ -288,9 +288,11 @@ def _plan(view: Any, join_key: str, source: Mapping[str, pa.DataType]) -> Plan:
         )
     key_type: EntityType = "int64" if pa.types.is_integer(source[join_key]) else "string"
     plan = compile_view(stream, join_key, key_type)
-    return dataclasses.replace(
+    plan = dataclasses.replace(
         plan, emission="final", delay_us=0, lateness_us=0, clocks="partition", idle_ttl_us=0, future_us=FAR_US
     )
+    check_together(f"View '{view.name}'", plan)
+    return plan
 
 
 def _reach(plan: Plan) -> timedelta | None:

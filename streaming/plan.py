@@ -245,7 +245,7 @@ def compile_view(view: "StreamFeatureView", join_key: str, entity_type: EntityTy
         clocks=_choice(where, tags, "clocks", ("partition", "key")),
         idle_ttl_us=_duration_us(where, "idle_ttl", tags.get("idle_ttl", "0s")),
     )
-    _check_together(where, plan)
+    check_together(where, plan)
     return plan
 
 
@@ -276,7 +276,12 @@ def _duration_us(where: str, name: str, text: str) -> int:
     return int(match[1]) * _UNITS_US[match[2]]
 
 
-def _check_together(where: str, plan: Plan) -> None:
+def check_together(where: str, plan: Plan) -> None:
+    """Makes sure that a plan's windows, emission and clocks go together.
+
+    Raises:
+        PlanError: Says what does not.
+    """
     kinds = {aggregate.kind for aggregate in plan.aggregates}
     if plan.emission == "final":
         if kinds & {"last", "lifetime"}:

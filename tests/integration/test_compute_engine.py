@@ -30,8 +30,6 @@ SCHEMA = [
 ]
 NAMES = [f"{function}_{window}" for window in WINDOWS for function in FUNCTIONS]
 
-needs_final_values = pytest.mark.xfail(reason="plans of emission='final' are not computed yet", strict=True)
-
 
 def events() -> pd.DataFrame:
     """Raw events of half an hour in any order; the last one in the last minute before END, one entity long silent."""
@@ -129,7 +127,6 @@ def assert_equal(got: pd.DataFrame, wanted: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(got, wanted, check_names=False, rtol=1e-12)
 
 
-@needs_final_values
 def test_materialize_writes_the_values_of_the_windows_that_end_then(tmp_path):
     store = repository(tmp_path / "ours", OURS)
     for minutes in (10, 33, 40):
@@ -137,7 +134,6 @@ def test_materialize_writes_the_values_of_the_windows_that_end_then(tmp_path):
         assert_equal(online(store), expected(START + minutes * MINUTE))
 
 
-@needs_final_values
 def test_values_equal_those_of_feasts_ray_engine_with_tiling(tmp_path, ray_local):
     store, feasts = repository(tmp_path / "ours", OURS), repository(tmp_path / "feasts", "type: ray.engine")
     store.materialize(START, END)
@@ -153,7 +149,6 @@ def test_values_equal_those_of_feasts_ray_engine_with_tiling(tmp_path, ray_local
     assert_equal(ours.fillna(0), theirs)
 
 
-@needs_final_values
 def test_a_batch_feature_view_is_computed_where_it_comes_with_its_aggregations(tmp_path):
     store, view = batch_view(tmp_path)
     engine = store._get_provider().batch_engine
@@ -164,14 +159,12 @@ def test_a_batch_feature_view_is_computed_where_it_comes_with_its_aggregations(t
         store.materialize(START, END)
 
 
-@needs_final_values
 def test_a_later_materialization_has_whole_windows_from_its_first_row(tmp_path):
     store = repository(tmp_path / "ours", OURS)
     store.materialize(START + 30 * MINUTE, END)
     assert_equal(online(store).drop(index="silent"), expected(END).drop(index="silent"))
 
 
-@needs_final_values
 def test_offline_rows_are_the_windows_of_the_interval_and_written_once(tmp_path):
     store = repository(tmp_path / "ours", f"{OURS}\n  offline_path: features")
     for _ in range(2):
@@ -183,7 +176,6 @@ def test_offline_rows_are_the_windows_of_the_interval_and_written_once(tmp_path)
         assert_equal(some[NAMES], expected(end).loc[some.index])
 
 
-@needs_final_values
 def test_historical_values_are_those_of_the_last_window_that_had_ended(tmp_path):
     store = repository(tmp_path / "ours", OURS)
     view = store.get_stream_feature_view("spending")
