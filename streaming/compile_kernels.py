@@ -77,7 +77,8 @@ def compile_all() -> None:
             partition.process(batch, now_us=0)
             partition.emit()
     nothing, spans = np.empty(0, dtype=np.int64), np.empty((0, 2), dtype=np.int64)
-    parse_records(batch.buffer, 0, 0, 0, nothing, nothing.copy(), spans, spans.copy())
+    for buffer in (batch.buffer, batch.buffer.copy()):  # decompressed bytes are read-only, others are not
+        parse_records(buffer, 0, 0, 0, nothing, nothing.copy(), spans, spans.copy())
     bulk.stages(1, faults=Faults(disorder=0.5, poison=0.5))
 
 

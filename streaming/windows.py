@@ -24,7 +24,7 @@ NEVER_US = 1 << 62
 T = TypeVar("T", bound=np.generic)
 
 _NO_PANE = -(1 << 62)
-_AHEAD = 8
+_AHEAD = 16
 
 
 class Reading(NamedTuple):

@@ -1,0 +1,116 @@
+"""The streaming kernel in process: from the bytes of JSON records to emitted features, on one core.
+
+Ten aggregates over three windows (1, 5 and 15 minutes, every minute), entities at random, 120 bytes of JSON.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from benchmarks.record import Figure, machine, write
+from streaming.partition import Partition
+from streaming.plan import Aggregate, Column, Plan
+from streaming.records import RecordBatch
+
+BATCH = 20_000
+BATCHES = 60
+FUNCTIONS = (
+    *(("amount", function) for function in ("count", "sum", "mean", "min", "max", "std", "last")),
+    *(("quantity", function) for function in ("sum", "mean", "max")),
+)
+MINUTE_US = 60_000_000
+START_MS = 1_700_000_000_000
+EVENT_RATE_HZ = 100_000
+EMIT_EVERY = 10
+NOW_US = (START_MS + 86_400_000) * 1_000
+RECORD = '{"user":"user-%07d","time":%d,"amount":%.2f,"quantity":%d,"country":"NL","device":"mobile","channel":"web"}'
+
+
+def main() -> None:
+    """Measures throughput, what more entities and more windows cost, and checkpoints of a million entities."""
+    conditions = machine()
+    three = plan((1, 5, 15))
+    partition = Partition(three, 0)
+    rate = _rate(partition, 10_000, emitting=True)
+    small = _rate(Partition(three, 0), 1_000)
+    large = Partition(three, 0)
+    large_rate = _rate(large, 1_000_000, batches=4 * BATCHES)
+    one_window = _rate(Partition(plan((20,)), 0), 10_000)
+    twenty_windows = _rate(Partition(plan(tuple(range(1, 21))), 0), 10_000)
+    keys = large.counters.keys
+    started_s = time.perf_counter()
+    snapshot = large.snapshot()
+    taken_s = time.perf_counter() - started_s
+    started_s = time.perf_counter()
+    Partition.restore(three, 0, snapshot)
+    restored_s = time.perf_counter() - started_s
+    at = f"10 aggregates x 3 windows, 120-byte JSON; {conditions}"
+    emitting = f"an emission every {EMIT_EVERY * BATCH:,} events; {at}"
+    million = f"{keys:,} entities, {len(snapshot) / 2**20:,.0f} MiB; {at}"
+    write(
+        "kernel",
+        [
+            Figure("records to features, 10k entities", round(rate), "events/s", "higher", emitting, target=1_500_000),
+            Figure("cost of an event, 1M entities over 1k", round(small / large_rate, 2), "x", "lower", at, target=1.2),
+            Figure(
+                name="cost of an event, 20 windows sharing panes over 1",
+                value=round(one_window / twenty_windows, 2),
+                unit="x",
+                better="lower",
+                conditions=at,
+                target=1.2,
+            ),
+            Figure("state of an entity and window", round(large.state_bytes / keys / 3), "bytes", "lower", million),
+            Figure("snapshot of 1M entities in memory", round(taken_s, 2), "s", "lower", million, target=2.0),
+            Figure("restore of 1M entities", round(restored_s, 2), "s", "lower", million, target=3.0),
+        ],
+    )
+
+
+def plan(minutes: Sequence[int]) -> Plan:
+    """The aggregates over windows of so many minutes, each sliding by one."""
+    columns = (Column("amount", "double", nullable=True), Column("quantity", "bigint", nullable=True))
+    aggregates = tuple(
+        Aggregate(f"{function}_{column}_{length}m", column, function, length * MINUTE_US, MINUTE_US)
+        for length in minutes
+        for column, function in FUNCTIONS
+    )
+    return Plan("kernel", "", "", "user", "string", "time", columns, aggregates, delay_us=0)
+
+
+def _rate(partition: Partition, entities: int, batches: int = BATCHES, emitting: bool = False) -> float:
+    """Events a second of CPU, over the second half of the batches."""
+    spent_s, events = 0.0, 0
+    for number, batch in enumerate(_batches(entities, batches)):
+        started_s = time.process_time()
+        partition.process(batch, NOW_US)
+        if emitting and number % EMIT_EVERY == EMIT_EVERY - 1:
+            partition.emit()
+        if number >= batches // 2:
+            spent_s += time.process_time() - started_s
+            events += BATCH
+    return events / spent_s
+
+
+def _batches(entities: int, batches: int) -> Iterator[RecordBatch]:
+    random = np.random.default_rng(0)
+    for number in range(batches):
+        keys = random.integers(0, entities, BATCH).tolist()
+        amounts, quantities = random.lognormal(3, 1, BATCH).tolist(), random.integers(1, 10, BATCH).tolist()
+        first = number * BATCH
+        times = (START_MS + np.arange(first, first + BATCH) * 1_000 // EVENT_RATE_HZ).tolist()
+        values = [(RECORD % row).encode() for row in zip(keys, times, amounts, quantities, strict=True)]
+        ends = np.cumsum([0, *map(len, values)], dtype=np.int64)
+        yield RecordBatch(
+            partition=0,
+            buffer=np.frombuffer(b"".join(values), dtype=np.uint8),
+            offsets=np.arange(first, first + BATCH, dtype=np.int64),
+            keys=np.full((BATCH, 2), -1, dtype=np.int64),
+            values=np.stack([ends[:-1], ends[1:]], axis=1),
+            timestamps_ms=np.zeros(BATCH, dtype=np.int64),
+        )
+
+
+if __name__ == "__main__":
+    main()
