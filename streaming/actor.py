@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import ray
 from feast import FeatureStore, FileSource, RepoConfig
 
+from streaming.changelog import ChangelogSink, Published
 from streaming.checkpoint import CheckpointStore
 from streaming.group import GroupMember
+from streaming.holding import Online
 from streaming.logs import log_to_stderr
 from streaming.metrics import StreamMetrics, serve
 from streaming.offline import OfflineLog
@@ -133,7 +135,7 @@ def open_worker(store: FeatureStore, assignment: Assignment, settings: Settings)
     return Worker(
         plan,
         source=Consumer(plan.bootstrap_servers, plan.topic, group=f"millrace-{plan.view}"),
-        online=OnlineSink(store, plan.view),
+        online=_online(store, plan),
         offline=open_offline_log(store, plan, home),
         rejects=RejectLog(plan.bootstrap_servers, plan.topic, plan.view),
         checkpoints=CheckpointStore(checkpoint_uri(home)),
@@ -142,6 +144,11 @@ def open_worker(store: FeatureStore, assignment: Assignment, settings: Settings)
         shared=settings.by_group,
         flush_s=settings.flush_s,
     )
+
+
+def _online(store: FeatureStore, plan: Plan) -> Online:
+    online = OnlineSink(store, plan.view)
+    return Published(online, ChangelogSink(plan.bootstrap_servers, plan.changelog)) if plan.changelog else online
 
 
 def join_group(worker: Worker) -> GroupMember:

@@ -18,13 +18,35 @@ from kafka import KafkaAdminClient, KafkaProducer
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from streaming.records import Emission
-from streaming.sinks import latest
+from streaming.sinks import OnlineSink, latest
 from streaming.sqlite_store import EPOCH
 
 log = logging.getLogger(__name__)
 
 CHUNK = 5_000
 DELIVERY_TIMEOUT_MS = 20_000
+
+
+class Published:
+    """An online sink whose rows are published as well, after they were written.
+
+    Args:
+        online: The sink.
+        changelog: Where they are published.
+    """
+
+    def __init__(self, online: OnlineSink, changelog: "ChangelogSink") -> None:
+        self._online, self._changelog = online, changelog
+
+    def write(self, emissions: list[Emission]) -> int:
+        """Write, then publish; what fails is to be written and published again, which changes nothing."""
+        written = self._online.write(emissions)
+        self._changelog.write(emissions)
+        return written
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        self._online.sync()
 
 
 class ChangelogSink:

@@ -133,6 +133,7 @@ class Plan:
         emission: "fresh" windows as they fill, or "final" ones, once when the watermark has passed their end.
         lateness_us: For how long after that events still revise them.
         clocks: Whether event time is that of a partition or of each entity.
+        changelog: Topic to which changed features are published; none where empty.
         idle_ttl_us: An entity without events for longer is forgotten; 0 keeps lifetime and count windows for ever.
     """
 
@@ -150,12 +151,13 @@ class Plan:
     lateness_us: int = 0
     clocks: Literal["partition", "key"] = "partition"
     idle_ttl_us: int = 0
+    changelog: str = ""
 
     @property
     def fingerprint(self) -> str:
         """A sha256 of everything that changes the state; feature names and the broker's address do not."""
         what = asdict(self)
-        for name in ("bootstrap_servers", "future_us"):
+        for name in ("bootstrap_servers", "future_us", "changelog"):
             del what[name]
         for aggregate in what["aggregates"]:
             del aggregate["name"]
@@ -244,6 +246,7 @@ def compile_view(view: "StreamFeatureView", join_key: str, entity_type: EntityTy
         lateness_us=_duration_us(where, "allowed_lateness", tags.get("allowed_lateness", "0s")),
         clocks=_choice(where, tags, "clocks", ("partition", "key")),
         idle_ttl_us=_duration_us(where, "idle_ttl", tags.get("idle_ttl", "0s")),
+        changelog=tags.get("changelog", ""),
     )
     check_together(where, plan)
     return plan
@@ -254,7 +257,7 @@ def _tags(where: str, view: "StreamFeatureView") -> dict[str, str]:
     tags = {name.removeprefix(_TAG): text for name, text in view.tags.items() if name.startswith(_TAG)}
     features = {aggregate.resolved_name(aggregate.time_window) for aggregate in view.aggregations}
     for name in tags:
-        known = {"emission", "allowed_lateness", "clocks", "idle_ttl", "transformation", "changelog"}
+        known = {"emission", "allowed_lateness", "clocks", "idle_ttl", "changelog"}
         known |= {f"window.{feature}" for feature in features}
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]

@@ -5,6 +5,7 @@ written; a thread of its own does the rest while the loop goes on. One job at a 
 next one, and the loop polls nothing when too much waits.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,6 +16,10 @@ from typing import NamedTuple, Protocol
 from streaming.checkpoint import CheckpointStore, StaleEpochError
 from streaming.offline import OfflineLog
 from streaming.records import Emission
+
+log = logging.getLogger(__name__)
+
+COMPACT_S = 60.0
 
 
 class Syncing(Protocol):
@@ -92,6 +97,8 @@ class Saver:
         self._offsets: dict[int, int] = {}
         self._lost: dict[int, StaleEpochError] = {}
         self._bytes = 0
+        self._wholes: dict[int, deque[tuple[int, int]]] = {}
+        self._compacted_s: dict[int, float] = {}
 
     @property
     def busy(self) -> bool:
@@ -139,7 +146,23 @@ class Saver:
                     self._stream, one.partition, one.epoch, one.next_offset, one.clock_us, one.state, one.delta
                 )
                 self._offsets[one.partition] = one.next_offset
+                self._compact(one)
             except StaleEpochError as error:
                 self._lost[one.partition] = error
             self._waiting.popleft()
         return self._monotonic_s() - began_s
+
+    def _compact(self, saved: Captured) -> None:
+        """Merges offline parts now and then, up to the older of the last two whole states: none before is restored."""
+        wholes = self._wholes.setdefault(saved.partition, deque(maxlen=2))
+        if not saved.delta:
+            wholes.append((saved.next_offset, saved.clock_us))
+        now_s = self._monotonic_s()
+        last_s = self._compacted_s.setdefault(saved.partition, now_s)
+        if len(wholes) < 2 or now_s - last_s < COMPACT_S:
+            return
+        self._compacted_s[saved.partition] = now_s
+        try:
+            self._offline.compact(saved.partition, *wholes[0])
+        except OSError as error:
+            log.warning("offline parts not merged", extra={"partition": saved.partition, "error": repr(error)})

@@ -118,6 +118,57 @@ def test_refuses_other_sources_formats_and_transformations():
         compile_view(view(schema="time double, user string, added bigint"), "user", "string")
 
 
+def test_tags_say_what_feast_has_no_place_for():
+    declared = [
+        SUM,
+        Aggregation(column="added", function="avg", time_window=HOUR, name="visit"),
+        Aggregation(column="added", function="p95", time_window=HOUR, name="recent"),
+        Aggregation(column="added", function="count"),
+        Aggregation(column="added", function="decayed_mean", time_window=HOUR),
+    ]
+    tags = {
+        "millrace.clocks": "key",
+        "millrace.allowed_lateness": "10m",
+        "millrace.idle_ttl": "7d",
+        "millrace.changelog": "activity.features",
+        "millrace.window.visit": "session 30m",
+        "millrace.window.recent": "last 50",
+        "team": "growth",
+    }
+    plan = compile_view(view(declared, tags=tags), "user", "string")
+    assert (plan.clocks, plan.lateness_us, plan.idle_ttl_us) == ("key", 600_000_000, 604_800_000_000)
+    assert plan.changelog == "activity.features"
+    assert [(each.kind, each.function, each.window_us, each.size) for each in plan.aggregates[1:]] == [
+        ("session", "mean", 1_800_000_000, 0),
+        ("last", "p95", 0, 50),
+        ("lifetime", "count", 0, 0),
+        ("lifetime", "decayed_mean", 3_600_000_000, 0),
+    ]
+    assert compile_view(view(tags={"millrace.emission": "final"}), "user", "string").emission == "final"
+
+
+@pytest.mark.parametrize(
+    ("tags", "sentence"),
+    [
+        ({"millrace.emision": "final"}, "did you mean 'millrace.emission'"),
+        ({"millrace.emission": "sometimes"}, "write fresh or final"),
+        ({"millrace.allowed_lateness": "soon"}, "write a duration"),
+        ({"millrace.window.visits": "session 30m"}, "did you mean 'millrace.window.visit'"),
+        ({"millrace.window.visit": "session"}, "write a duration"),
+        ({"millrace.window.visit": "session 0s"}, "write 'session 30m'"),
+        ({"millrace.window.visit": "last 0"}, "write 'session 30m'"),
+        ({"millrace.window.visit": "last 9", "millrace.emission": "final"}, "windows that end"),
+        ({"millrace.window.visit": "session 30m", "millrace.emission": "final"}, "make two views"),
+        ({"millrace.clocks": "key", "millrace.emission": "final"}, "leave out 'millrace.clocks: key'"),
+        ({"millrace.window.visit": "session 10ms"}, "sessions of an entity can be open"),
+    ],
+)
+def test_refuses_tags_that_make_no_sense(tags, sentence):
+    declared = [SUM, Aggregation(column="added", function="sum", time_window=HOUR, name="visit")]
+    with pytest.raises(PlanError, match=sentence):
+        compile_view(view(declared, tags=tags), "user", "string")
+
+
 class Registry:
     """Stands for a Feast store: applying a repository takes a second and needs files."""
 
