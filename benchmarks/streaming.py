@@ -71,8 +71,8 @@ def _throughput(servers: str, conditions: str) -> Figure:
         value=result["events_per_s"],
         unit="events/s",
         better="higher",
-        conditions=f"{EVENTS:,} events of {result['keys']:,} users, JSON of about 110 bytes, 100,000 a second of event time;"
-        f" 18 aggregates over 3 windows; sqlite and Parquet; the broker on the same cores; {conditions}",
+        conditions=f"{EVENTS:,} events of {result['keys']:,} users, JSON of about 110 bytes, 100,000 a second of event"
+        f" time; 18 aggregates over 3 windows; sqlite and Parquet; the broker on the same cores; {conditions}",
         target=1_000_000,
     )
 

@@ -71,3 +71,17 @@ def test_the_readme_tree_names_files_that_exist():
             folder = match.group(1)
         for name in re.findall(r"\b[\w/]+\.(?:py|yaml)\b", line):
             assert list((ROOT / folder).rglob(name)) or (ROOT / name).exists(), f"{name} in {folder}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_python_examples_run(path):
+    for example in re.findall(r"```python\n(.*?)```", path.read_text(), re.S):
+        exec(compile(example, path.name, "exec"), {})  # noqa: S102
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_the_tests_that_a_document_names_are_there(path):
+    names = {file.name: file for file in (ROOT / "tests").rglob("test_*.py")}
+    for file, test in re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", path.read_text()):
+        assert file in names
+        assert not test or f"def {test}(" in names[file].read_text()
