@@ -178,7 +178,10 @@ def _measure(peer: Peer, task: dict[str, Any]) -> dict[str, Any]:
         environ["JAVA_HOME"] = str(_java_home(python))
     command: list[str | Path] = [python, SCRIPTS / f"run_{peer.name}.py", json.dumps(task)]
     with _cores(own=True):
-        return dict(json.loads(_run(command, 4 * task["seconds"] + STARTUP_S, environ).splitlines()[-1]))
+        done = dict(json.loads(_run(command, 4 * task["seconds"] + STARTUP_S, environ).splitlines()[-1]))
+    if done["events"] <= 0 or done["seconds"] <= 0:
+        raise PeerError(f"its time was shorter than can be told from its start-up ({done}); give it more --events")
+    return done
 
 
 def _installed(peer: Peer) -> Path:
@@ -222,7 +225,8 @@ def _run(command: list[str | Path], timeout_s: float, environ: dict[str, str] | 
         raise PeerError(f"{Path(command[0]).name} {Path(command[1]).name}: {error}") from error
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-        raise PeerError(f"{Path(command[1]).name} ended with {done.returncode}: {lines[-1][:300]}")
+        causes = [line for line in lines if line.startswith("Caused by: ")]  # Java's last cause is the first
+        raise PeerError(f"{Path(command[1]).name} ended with {done.returncode}: {(causes or lines)[-1][:300]}")
     return done.stdout
 
 

@@ -46,10 +46,10 @@ def _seconds(table: TableEnvironment, task: dict[str, Any], number: int, events:
         sink = f"sink{number}_{length_s}_{slide_s}"
         table.execute_sql(f"CREATE TABLE {sink} ({RESULT}) WITH ('connector' = 'blackhole')")
         window = (
-            f"TUMBLE(TABLE edits{number}, DESCRIPTOR(`time`), INTERVAL '{length_s}' SECONDS)"
+            f"TUMBLE(TABLE edits{number}, DESCRIPTOR(`time`), INTERVAL '{length_s}' SECOND(6))"
             if length_s == slide_s
-            else f"HOP(TABLE edits{number}, DESCRIPTOR(`time`), INTERVAL '{slide_s}' SECONDS,"
-            f" INTERVAL '{length_s}' SECONDS)"
+            else f"HOP(TABLE edits{number}, DESCRIPTOR(`time`), INTERVAL '{slide_s}' SECOND(6),"
+            f" INTERVAL '{length_s}' SECOND(6))"
         )
         statements.add_insert_sql(
             f"INSERT INTO {sink} SELECT `user`, window_end, {AGGREGATES} FROM TABLE({window})"
