@@ -5,6 +5,7 @@ import logging
 import signal
 from pathlib import Path
 
+import psutil
 from feast import FeatureStore
 
 from ops.environment import Environment
@@ -34,6 +35,12 @@ def arguments() -> argparse.Namespace:
         type=float,
         default=1000 * FLUSH_S,
         help="pause between writes to the online store while a worker keeps up (default %(default)g)",
+    )
+    options.add_argument(
+        "--max-state-mb",
+        type=int,
+        default=psutil.virtual_memory().total // 2 >> 20,
+        help="memory that the state of a partition may take; more ends the stream (default: half of all)",
     )
     options.add_argument("--until-caught-up", action="store_true", help="end when nothing is left to read")
     return options.parse_args()
@@ -66,6 +73,7 @@ def main() -> dict[str, object]:
         until_caught_up=args.until_caught_up,
         bootstrap_servers=environment.kafka_bootstrap_servers,
         flush_s=args.flush_ms / 1000,
+        max_state_bytes=args.max_state_mb << 20,
         by_group=args.assignment == "group",
     )
     with ray_session():

@@ -33,12 +33,14 @@ class Settings(NamedTuple):
         flush_s: Pause between writes to the online store.
         until_caught_up: End when nothing is left to read.
         by_group: Partitions come from a Kafka consumer group.
+        max_state_bytes: Memory that the state of a partition may take.
     """
 
     home: str
     flush_s: float
     until_caught_up: bool = False
     by_group: bool = False
+    max_state_bytes: int | None = None
 
 
 class Assignment(NamedTuple):
@@ -143,6 +145,7 @@ def open_worker(store: FeatureStore, assignment: Assignment, settings: Settings)
         keyed=assignment.keyed,
         shared=settings.by_group,
         flush_s=settings.flush_s,
+        max_state_bytes=settings.max_state_bytes,
     )
 
 

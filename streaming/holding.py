@@ -53,6 +53,7 @@ class Held:
     restored: int
     rows: list[tuple[Emission, int]] = field(default_factory=list)
     last_record_s: float = 0.0
+    ticked_s: float = 0.0
     dirty: bool = True  # a restored partition may hold what was due and not emitted
     unchained: bool = False  # its last snapshot is not the last checkpoint
     suspect_until: int = -1  # records up to this offset are tried on a copy first

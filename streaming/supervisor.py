@@ -80,6 +80,7 @@ class Supervisor:
             stays as it is.
         bootstrap_servers: the broker to read from instead of the one that the views name.
         flush_s: pause between writes to the online store of workers that keep up.
+        max_state_bytes: memory that the state of a partition may take; more ends the stream with a sentence.
         by_group: let a Kafka consumer group deal the partitions.
     """
 
@@ -93,6 +94,7 @@ class Supervisor:
         until_caught_up: bool = False,
         bootstrap_servers: str | None = None,
         flush_s: float = FLUSH_S,
+        max_state_bytes: int | None = None,
         by_group: bool = False,
     ) -> None:
         if not plans:
@@ -109,7 +111,7 @@ class Supervisor:
             for plan in plans
         }
         self._store, self._home, self._workers = store, home.absolute(), workers
-        self._settings = Settings(str(self._home), flush_s, until_caught_up, by_group)
+        self._settings = Settings(str(self._home), flush_s, until_caught_up, by_group, max_state_bytes)
         self._checkpoints = CheckpointStore(checkpoint_uri(self._home))
         self._report = Report(self._home / "stream")
         self._counts: dict[str, int] = {}

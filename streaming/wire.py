@@ -61,6 +61,7 @@ class Consumer:
             max_partition_fetch_bytes=4 << 20,
             reconnect_backoff_max_ms=1_000,
         )
+        self._reported: dict[TopicPartition, OffsetAndMetadata] = {}
         self._columnar = columnar and kafka.__version__.startswith(COLUMNAR_VERSIONS)
         if self._columnar:
             self._kafka._fetcher.PartitionRecords = ColumnarRecords
@@ -141,13 +142,16 @@ class Consumer:
 
     def commit(self, offsets: Mapping[int, int]) -> None:
         """Report offsets to Kafka without waiting; a failure is not an error, because checkpoints decide."""
-        self._kafka.commit_async(
-            {TopicPartition(self.topic, at): OffsetAndMetadata(offset, "", -1) for at, offset in offsets.items()}
-        )
+        reported = {TopicPartition(self.topic, at): OffsetAndMetadata(offset, "", -1) for at, offset in offsets.items()}
+        self._reported |= reported
+        self._kafka.commit_async(reported)
 
     def close(self) -> None:
         """Leave the broker."""
         try:
+            held = self._kafka.assignment()
+            if reported := {at: offset for at, offset in self._reported.items() if at in held}:
+                self._kafka.commit(reported, timeout_ms=2_000)  # the last report may still be under way
             self._kafka.close(autocommit=False, timeout_ms=2_000)
         except KafkaError as error:
             log.debug("closing the consumer failed: %s", error)

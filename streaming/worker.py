@@ -65,6 +65,7 @@ class Worker:
         keyed: refuse records whose key is not the entity (needed where the topic has several partitions).
         shared: another worker may take a partition over, which is then let go; otherwise that is an error.
         flush_s: pause between writes to the online store while the worker keeps up.
+        max_state_bytes: memory that the state of a partition may take; more ends the worker with a sentence.
         executor: runs the slow half of checkpoints, a job at a time; a thread by default.
         wall_us: wall clock in UTC microseconds.
         monotonic_s: clock for intervals.
@@ -83,6 +84,7 @@ class Worker:
         keyed: bool = False,
         shared: bool = False,
         flush_s: float = FLUSH_S,
+        max_state_bytes: int | None = None,
         executor: Executor | None = None,
         wall_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
         monotonic_s: Callable[[], float] = time.monotonic,
@@ -94,6 +96,7 @@ class Worker:
         self._rejects, self._checkpoints = rejects, checkpoints
         self._ticking, self._shared = ticking, shared
         self._keys = KeyCheck(plan) if keyed else None
+        self._max_state_bytes = max_state_bytes
         self._wall_us, self._monotonic_s = wall_us, monotonic_s
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._saver = Saver(
@@ -288,8 +291,9 @@ class Worker:
         offset = self._source.seek(number, saved.offset if saved else None)
         if saved is None:
             self._offline.truncate(number, offset, BEGINNING_US)
-            return Partition(self.plan, number), offset, False
-        partition = Partition.restore(self.plan, number, saved.state, *saved.deltas)
+            return Partition(self.plan, number, self._max_state_bytes), offset, False
+        states = (saved.state, *saved.deltas)
+        partition = Partition.restore(self.plan, number, *states, max_state_bytes=self._max_state_bytes)
         self._offline.truncate(number, saved.offset, saved.clock_us)
         return partition, saved.offset, True
 
@@ -347,13 +351,17 @@ class Worker:
     def _tick(self) -> None:
         """Let the clock of partitions advance that were read to their end and have been idle for a while."""
         now_s = self._monotonic_s()
-        idle = [held for held in self._held.values() if now_s - held.last_record_s >= IDLE_S]
+        idle = [held for held in self._held.values() if now_s - self._idle_since_s(held) >= IDLE_S]
         lags = self._source.lag() if idle else {}
         for held in idle:
             if lags[held.partition.partition] == 0:
                 held.partition.tick(self._wall_us())
                 held.dirty = True
-            held.last_record_s = now_s
+            held.ticked_s = now_s
+
+    def _idle_since_s(self, held: Held) -> float:
+        """Where entities have clocks of their own, some are idle also while others have events."""
+        return held.ticked_s if self.plan.clocks == "key" else max(held.ticked_s, held.last_record_s)
 
     def _emit(self, held: Held) -> None:
         emission = held.partition.emit()

@@ -69,7 +69,6 @@ def live(what: Plan, partitions: int, folder: Path) -> tuple[dict, Kept]:
     rejects = Kept()
     worker = Worker(
         what,
-        1,
         source=Consumer(what.bootstrap_servers, what.topic, "live"),
         online=Kept(),
         offline=OfflineLog(str(folder / "log"), what.topic, what.entity),
@@ -77,7 +76,7 @@ def live(what: Plan, partitions: int, folder: Path) -> tuple[dict, Kept]:
         checkpoints=CheckpointStore(str(folder / "checkpoints")),
         ticking=False,
     )
-    worker.start(range(partitions))
+    worker.start(dict.fromkeys(range(partitions), 1))
     deadline_s = time.monotonic() + 120
     while worker.step(1.0) or not worker.caught_up():
         assert time.monotonic() < deadline_s

@@ -70,7 +70,6 @@ def test_what_was_served_is_what_is_logged_and_what_is_computed_again(kafka, rep
     online = Online()
     worker = Worker(
         plan,
-        1,
         source=Consumer(kafka, "edits", "skew"),
         online=online,
         offline=OfflineLog(str(home / "features" / "offline" / "editor_activity"), "edits", "user"),
@@ -78,7 +77,7 @@ def test_what_was_served_is_what_is_logged_and_what_is_computed_again(kafka, rep
         checkpoints=CheckpointStore(str(home / "checkpoints")),
         ticking=False,
     )
-    worker.start([0])
+    worker.start({0: 1})
     deadline_s = time.monotonic() + 120
     while worker.step(1.0) or not worker.caught_up():
         assert time.monotonic() < deadline_s
