@@ -23,8 +23,8 @@ from ops.broker import Broker
 from ops.layout import REPOSITORY, binaries_folder
 from ops.ports import free_ports
 from streaming.partition import Partition
-from streaming.plan import plans
 from streaming.simulators import bulk
+from streaming.views import plans
 from streaming.wire import Consumer
 from streaming.worker import RECORDS_A_BATCH
 

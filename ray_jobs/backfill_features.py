@@ -10,7 +10,7 @@ from feast import FeatureStore
 from ops.environment import Environment
 from ops.jobs import JobError, parser, ray_session, run
 from streaming import backfill, history
-from streaming.plan import plans
+from streaming.views import plans
 
 
 def arguments() -> argparse.Namespace:

@@ -19,7 +19,8 @@ from ops.environment import Environment
 from ops.jobs import JobError, parser, run
 from streaming import events, history, skew
 from streaming.checkpoint import filesystem
-from streaming.plan import Plan, plans
+from streaming.plan import Plan
+from streaming.views import plans
 
 
 def arguments() -> argparse.Namespace:

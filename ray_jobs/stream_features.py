@@ -11,9 +11,9 @@ from feast import FeatureStore
 from ops.environment import Environment
 from ops.jobs import JobError, parser, ray_session, run
 from streaming.logs import log_to_stderr
-from streaming.plan import plans
 from streaming.report import write_workers
 from streaming.supervisor import Supervisor
+from streaming.views import plans
 from streaming.worker import FLUSH_S
 
 

@@ -90,7 +90,8 @@ def columns(plan: Plan, batch: pa.RecordBatch, partition: int, offsets: Ints) ->
             refuse(~present[:, at], f"field '{column.name}' is null")
     rejects = [Reject("dead", partition, int(offsets[row]), reasons[row], None, None) for row in sorted(reasons)]
     spans_of_texts = np.stack(texts, axis=1) if texts else np.zeros((batch.num_rows, 0, 2), dtype=np.int64)
-    return Columns(readable, times, text, entities, values, present, spans_of_texts), rejects
+    kept = np.ones(batch.num_rows, dtype=np.bool_)
+    return Columns(readable, times, text, entities, values, present, spans_of_texts, kept), rejects
 
 
 def _times(name: str, array: pa.Array, refuse: Refuse) -> Ints:

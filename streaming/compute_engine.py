@@ -40,7 +40,9 @@ from streaming import arrow_columns
 from streaming.backfill import Output, table
 from streaming.checkpoint import filesystem, write_atomic
 from streaming.partition import Partition
-from streaming.plan import EntityType, Plan, PlanError, check_together, compile_view
+from streaming.plan import EntityType, Plan, PlanError
+from streaming.transformations import Reader
+from streaming.views import check_together, compile_view
 
 log = logging.getLogger(__name__)
 
@@ -182,11 +184,12 @@ class MillraceComputeEngine(LocalComputeEngine):
         """The final values of the windows that end in (start, end], with the columns of the batch source's log."""
         entity = registry.get_entity(view.entities[0], project)
         plan = _plan(view, entity.join_key, self._source_columns(view))
-        columns = [name for name in arrow_columns.names(plan) if name not in (plan.entity, plan.timestamp)]
+        source = Reader(plan).source
+        columns = [name for name in arrow_columns.names(source) if name not in (plan.entity, plan.timestamp)]
         reach = _reach(plan)
         since = EPOCH if reach is None else max(EPOCH, start - reach)
         events = self._pull(view.batch_source, [plan.entity], columns, since, end).to_arrow()
-        arrow_columns.check_schema(plan, events.schema, f"The batch source of view '{view.name}'")
+        arrow_columns.check_schema(source, events.schema, f"The batch source of view '{view.name}'")
         output = Output("", plan.timestamp, view.batch_source.created_timestamp_column or None, time.time_ns() // 1_000)
         whole = _computed(plan, events.sort_by(plan.timestamp), _us(end), output)
         ends = whole.column(plan.timestamp)
@@ -227,12 +230,12 @@ class MillraceComputeEngine(LocalComputeEngine):
 
 def _computed(plan: Plan, events: pa.Table, end_us: int, output: Output) -> pa.Table:
     """All rows that the events give until the watermark stands at `end_us`, by rising time for each entity."""
-    partition = Partition(plan, 0)
+    partition, reader = Partition(plan, 0), Reader(plan)
     tables = [table(plan, partition.emit(), output)]
     first = 0
     for batch in events.to_batches(ROWS_A_CHUNK):
         offsets = pa.array(range(first, first + batch.num_rows), pa.int64()).to_numpy()
-        columns, rejects = arrow_columns.columns(plan, batch, 0, offsets)
+        columns, rejects = reader.convert(batch, 0, offsets)
         if rejects:
             log.warning("events that cannot be read", extra={"count": len(rejects), "reason": rejects[0].reason})
         for _ in partition.add(columns, offsets, 0):

@@ -55,6 +55,7 @@ class Columns(NamedTuple):
         values: [N, C] in the order of `Plan.columns`; 0.0 where not present, and for a string of role number or text.
         present: [N, C] false where null or missing.
         texts: [N, T, 2] spans into `text` of the columns of role text, in their order.
+        kept: [N] false where a transformation dropped the event, which then only moves the clock.
     """
 
     readable: Bools
@@ -64,6 +65,7 @@ class Columns(NamedTuple):
     values: Floats
     present: Bools
     texts: Ints
+    kept: Bools
 
 
 class Decoder:
@@ -134,7 +136,9 @@ class Decoder:
                 if at in self._written and isinstance(value, bytes):
                     used = _write(text, used, value, texts[row, self._slots[2 + at]])
             referred[row] = False
-        return self._in_roles(Columns(~referred, times, text, entities, values, present, texts)), rejects
+        return self._in_roles(
+            Columns(~referred, times, text, entities, values, present, texts, kept=np.ones(count, dtype=np.bool_))
+        ), rejects
 
     def _in_roles(self, columns: Columns) -> Columns:
         """Hashes what is to be hashed, and leaves of the texts those that are asked for."""

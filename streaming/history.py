@@ -16,9 +16,10 @@ from pyarrow import fs as pafs
 
 from streaming import arrow_columns
 from streaming.checkpoint import filesystem
-from streaming.decode import Columns, Decoder
+from streaming.decode import Columns
 from streaming.plan import Plan
 from streaming.records import Bytes, Ints, RecordBatch, Reject
+from streaming.transformations import Reader
 from streaming.wire import Consumer
 
 ROWS_A_CHUNK = 131_072
@@ -87,7 +88,7 @@ def pieces(plan: Plan, source: str) -> Iterator[Piece]:
     for uri, kind, size in _files(source):
         if kind == ".parquet":
             file = _open_parquet(uri)
-            arrow_columns.check_schema(plan, file.schema_arrow, uri)
+            arrow_columns.check_schema(Reader(plan).source, file.schema_arrow, uri)
             for group in range(file.num_row_groups):
                 yield RowGroup(uri, group, first)
                 first += file.metadata.row_group(group).num_rows
@@ -118,7 +119,7 @@ def decoded(plan: Plan, piece: Piece) -> Iterator[Decoded]:
         case Lines():
             yield _from_lines(plan, piece.data, piece.first)
         case RecordBatch():
-            columns, rejects = Decoder(plan).decode(piece)
+            columns, rejects = Reader(plan).decode(piece)
             yield Decoded(piece.partition, columns, piece.offsets, rejects)
 
 
@@ -195,12 +196,13 @@ def _open_parquet(uri: str) -> pq.ParquetFile:
 
 def _rows(plan: Plan, piece: RowGroup) -> Iterator[Decoded]:
     file = _open_parquet(piece.uri)
-    known = [name for name in arrow_columns.names(plan) if name in file.schema_arrow.names]
+    reader = Reader(plan)
+    known = [name for name in arrow_columns.names(reader.source) if name in file.schema_arrow.names]
     first = piece.first
     try:
         for batch in file.iter_batches(ROWS_A_CHUNK, [piece.group], known):
             offsets = np.arange(first, first + batch.num_rows)
-            columns, rejects = arrow_columns.columns(plan, batch, 0, offsets)
+            columns, rejects = reader.convert(batch, 0, offsets)
             yield Decoded(0, columns, offsets, rejects)
             first += batch.num_rows
     except OSError as error:
@@ -269,7 +271,7 @@ def _from_lines(plan: Plan, data: bytes, first: int) -> Decoded:
     count = len(spans)
     offsets = spans[:, 0] + first
     batch = RecordBatch(0, buffer, offsets, np.full((count, 2), -1, np.int64), spans, np.zeros(count, np.int64))
-    columns, rejects = Decoder(plan).decode(batch)
+    columns, rejects = Reader(plan).decode(batch)
     return Decoded(0, columns, offsets, rejects)
 
 

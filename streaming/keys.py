@@ -126,6 +126,17 @@ def _hash(start: int, end: int) -> int:
     return int(code & _POSITIVE)
 
 
+def texts_of(text: Bytes, spans: Ints) -> pa.Array:
+    """The spans [N, 2] of `text` as strings."""
+    offsets = np.zeros(len(spans) + 1, dtype=np.int64)
+    np.cumsum(spans[:, 1] - spans[:, 0], out=offsets[1:])
+    found = np.empty(offsets[-1], dtype=np.uint8)
+    _gather(text, np.ascontiguousarray(spans[:, 0]), np.arange(len(spans)), offsets, found)
+    return pa.Array.from_buffers(
+        pa.string(), len(spans), [None, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(found)]
+    )
+
+
 @kernel
 def hash_texts(text: Bytes, spans: Ints) -> Floats:
     """A hash of each span [N, 2], an integer below 2**53, so that it is exact as a float."""

@@ -14,13 +14,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from streaming import features
-from streaming.decode import Columns, Decoder
+from streaming.decode import Columns
 from streaming.frames import frames, grain_us
 from streaming.key_clocks import KeyClocks
 from streaming.keys import KeyIndex
 from streaming.plan import Plan
 from streaming.records import Bools, Emission, Floats, Ints, RecordBatch, Reject, RejectKind
 from streaming.state import StateError, pack, unpack
+from streaming.transformations import Reader
 from streaming.windows import NEVER_US, grown
 
 _CHANGED_US = -NEVER_US
@@ -58,7 +59,7 @@ class Partition:
         self._max_state_bytes = max_state_bytes
         self._processed = self._dead = self._late = 0
         self._last_event_clock_us = self._last_event_now_us = -NEVER_US
-        self._decoder = Decoder(plan)
+        self._reader = Reader(plan)
         self._keys = KeyIndex()
         self._texts = {at: KeyIndex() for at, column in enumerate(plan.columns) if column.role == "text"}
         self._frames, self._readings = frames(plan)
@@ -107,7 +108,7 @@ class Partition:
         batch = _from_offset(batch, self.next_offset)
         if len(batch.offsets) == 0:
             return
-        columns, unread = self._decoder.decode(batch)
+        columns, unread = self._reader.decode(batch)
         for refused in self.add(columns, batch.offsets, now_us):
             rows = np.searchsorted(batch.offsets, [reject.offset for reject in refused]).tolist()
             named = [
@@ -135,7 +136,7 @@ class Partition:
         mine = np.ones(len(offsets), dtype=np.bool_) if mine is None else mine
         future = columns.readable & (columns.times > now_us + self.plan.future_us)
         seen = columns.readable & ~future
-        ids, clocks, marks, late = self._judge(columns, seen, mine)
+        ids, clocks, marks, late = self._judge(columns, seen, mine & columns.kept)
         rejects = self._refusals(offsets, "dead", future & mine, columns.times, np.full(len(marks), now_us))
         rejects += self._refusals(offsets, "late", late, columns.times, marks)
         rejects.sort(key=lambda reject: reject.offset)
@@ -237,20 +238,20 @@ class Partition:
             restored._take(header, arrays)
         return restored
 
-    def _judge(self, columns: Columns, seen: Bools, mine: Bools) -> tuple[Ints, Ints, Ints, Bools]:
+    def _judge(self, columns: Columns, seen: Bools, wanted: Bools) -> tuple[Ints, Ints, Ints, Bools]:
         """Of N records the ids of the entities that they update (else -1), clock and watermark at each, and if late."""
         times = columns.times
         clocks = np.maximum.accumulate(np.where(seen, np.maximum(times, self.clock_us), self.clock_us))
         if self._clocks is not None:
-            ids = self._identify(columns, seen & mine)
+            ids = self._identify(columns, seen & wanted)
             marks = self._clocks.marks(ids, times) - self.plan.delay_us
-            late = seen & mine & self._closed(times, marks)
+            late = seen & wanted & self._closed(times, marks)
             return np.where(late, -1, ids), clocks, marks, late
         marks = clocks - self.plan.delay_us
-        late = seen & mine & (times < marks)
+        late = seen & wanted & (times < marks)
         if late.any():
             late &= self._closed(times, marks)
-        return self._identify(columns, seen & mine & ~late), clocks, marks, late
+        return self._identify(columns, seen & wanted & ~late), clocks, marks, late
 
     def _closed(self, times: Ints, marks: Ints) -> Bools:
         closed = np.ones(len(times), dtype=np.bool_)

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from streaming.decode import Decoder
 from streaming.partition import Partition
 from streaming.plan import Plan
 from streaming.records import Emission, RecordBatch
+from streaming.transformations import Reader
 
 SECOND_US = 1_000_000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -186,7 +186,7 @@ class _Replay:
         self.found: History = {}
         self._now_us = now_us
         self._partition = Partition(plan, number)
-        self._decoder = Decoder(plan)
+        self._reader = Reader(plan)
         self._integer = plan.entity_type == "int64"
         self._seconds = seconds
         self._stops = np.array(sorted({second for each in seconds.values() for second in each}), dtype=np.int64)
@@ -199,7 +199,7 @@ class _Replay:
 
     def add(self, batch: RecordBatch) -> None:
         """The next records."""
-        columns, _ = self._decoder.decode(batch)
+        columns, _ = self._reader.decode(batch)
         seen = columns.readable & (columns.times <= self._now_us + self._partition.plan.future_us)
         clocks = np.maximum.accumulate(np.where(seen, columns.times, self._partition.clock_us))
         clocks = np.maximum(clocks, self._partition.clock_us) // SECOND_US

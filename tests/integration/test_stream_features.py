@@ -27,10 +27,10 @@ from feast.types import Float64, Int64, String
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
 from streaming import topics
-from streaming.plan import plans
 from streaming.rejects import ensure_topics, identity
 from streaming.report import write_workers
 from streaming.supervisor import Supervisor
+from streaming.views import plans
 
 ROOT = Path(__file__).parents[2]
 START = pd.Timestamp("2024-05-01T00:00:00Z")

@@ -11,7 +11,8 @@ from feast.data_format import AvroFormat, JsonFormat
 from feast.stream_feature_view import StreamFeatureView
 from feast.value_type import ValueType
 
-from streaming.plan import Aggregate, Column, PlanError, compile_view, plans
+from streaming.plan import Aggregate, Column, PlanError
+from streaming.views import compile_view, plans
 
 MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
 SCHEMA = "time timestamp, user string, added BIGINT NOT NULL, size: double, `odd name` int, tags map<string,array<int>>"
@@ -99,15 +100,13 @@ def test_refuses_what_it_cannot_compute(declared, sentence):
     assert "\n" not in str(caught.value)
 
 
-def test_refuses_other_sources_formats_and_transformations():
+def test_refuses_other_sources_and_formats():
     files = FileSource(name="log", path="log/*.parquet", timestamp_field="time")
     avro = KafkaSource(name="k", timestamp_field="time", message_format=AvroFormat("{}"), topic="t", batch_source=files)
     with pytest.raises(PlanError, match="only a KafkaSource"):
         compile_view(view(source=PushSource(name="pushed", batch_source=files)), "user", "string")
     with pytest.raises(PlanError, match="must be a JsonFormat"):
         compile_view(view(source=avro), "user", "string")
-    with pytest.raises(PlanError, match="transformation"):
-        compile_view(view(udf=lambda frame: frame, udf_string="lambda frame: frame"), "user", "string")
     with pytest.raises(PlanError, match="no aggregations"):
         compile_view(view([]), "user", "string")
     with pytest.raises(PlanError, match="entity 'user' is declared string"):
