@@ -17,9 +17,9 @@ from ops.ports import free_ports
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Bootstrap servers of a real broker on a free port; it ends with the session."""
+    """Bootstrap servers of a real broker on a free port, which no other module writes to; it ends with the module."""
     folder = tmp_path_factory.mktemp("kafka")
     port, controller_port = free_ports(2)
     broker = Broker(folder / "data", log=folder / "kafka.log", port=port, controller_port=controller_port)

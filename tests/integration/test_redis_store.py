@@ -204,7 +204,8 @@ def test_a_server_that_is_away_or_full_is_an_error_to_try_again(tmp_path):
 
 
 def test_a_cluster_takes_one_entity_a_call(tmp_path):
-    server = Server(tmp_path, "--cluster-enabled", "yes")
+    (bus_port,) = free_ports(1)  # by default 10,000 above the server's, which need not be a port
+    server = Server(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(bus_port))
     try:
         server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         for _ in range(200):
