@@ -6,8 +6,8 @@ READY := $(VENV)/.ready
 BENCHES := kernel streaming backfill inference recovery peers
 
 # Without starting what a package brings as a service.
-INSTALL := test "$$(id -u)" = 0 && apt-get update -qq && \
-	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends
+INSTALL := test "$$(id -u)" = 0 && timeout 120 apt-get update -qq && \
+	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive timeout 240 apt-get install -qq -y --no-install-recommends
 
 # Cached byte code makes every process of the system start in half the time.
 unexport PYTHONDONTWRITEBYTECODE
