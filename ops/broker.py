@@ -120,7 +120,8 @@ class Broker:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
             done = subprocess.run(
-                self._java("kafka.tools.StorageTool", "format", "-t", cluster, "-c", properties),
+                # One word with its option: a cluster's name may begin with a hyphen.
+                self._java("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", properties),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 timeout=FORMAT_S,
