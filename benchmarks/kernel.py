@@ -101,15 +101,7 @@ def _batches(entities: int, batches: int) -> Iterator[RecordBatch]:
         first = number * BATCH
         times = (START_MS + np.arange(first, first + BATCH) * 1_000 // EVENT_RATE_HZ).tolist()
         values = [(RECORD % row).encode() for row in zip(keys, times, amounts, quantities, strict=True)]
-        ends = np.cumsum([0, *map(len, values)], dtype=np.int64)
-        yield RecordBatch(
-            partition=0,
-            buffer=np.frombuffer(b"".join(values), dtype=np.uint8),
-            offsets=np.arange(first, first + BATCH, dtype=np.int64),
-            keys=np.full((BATCH, 2), -1, dtype=np.int64),
-            values=np.stack([ends[:-1], ends[1:]], axis=1),
-            timestamps_ms=np.zeros(BATCH, dtype=np.int64),
-        )
+        yield RecordBatch.of_values(values, first)
 
 
 if __name__ == "__main__":

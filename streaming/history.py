@@ -276,12 +276,4 @@ def _from_lines(plan: Plan, data: bytes, first: int) -> Decoded:
 
 
 def _until(batch: RecordBatch, end: int) -> RecordBatch:
-    rows = slice(0, int(np.searchsorted(batch.offsets, end)))
-    return RecordBatch(
-        batch.partition,
-        batch.buffer,
-        batch.offsets[rows],
-        batch.keys[rows],
-        batch.values[rows],
-        batch.timestamps_ms[rows],
-    )
+    return batch.rows(slice(int(np.searchsorted(batch.offsets, end))))

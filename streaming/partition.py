@@ -416,10 +416,7 @@ def _joined(emissions: list[Emission]) -> Emission:
 
 def _from_offset(batch: RecordBatch, offset: int) -> RecordBatch:
     first = int(np.searchsorted(batch.offsets, offset))
-    if first == 0:
-        return batch
-    rows = (array[first:] for array in (batch.offsets, batch.keys, batch.values, batch.timestamps_ms))
-    return RecordBatch(batch.partition, batch.buffer, *rows)
+    return batch if first == 0 else batch.rows(slice(first, None))
 
 
 def _iso(time_us: int) -> str:

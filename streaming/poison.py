@@ -31,9 +31,9 @@ def feed(partition: Partition, batch: RecordBatch, now_us: int) -> Iterator[list
         SpoiledError: the partition raised and is not as it was.
         MemoryError, StateError: no record's fault.
     """
-    todo = [batch]
-    while todo:
-        part = todo.pop()
+    waiting = [batch]
+    while waiting:
+        part = waiting.pop()
         before = _figures(partition)
         try:
             yield from partition.pieces(part, now_us)
@@ -46,7 +46,7 @@ def feed(partition: Partition, batch: RecordBatch, now_us: int) -> Iterator[list
             failure = error
         middle = len(part.offsets) // 2
         if middle:
-            todo += [_rows(part, slice(middle, None)), _rows(part, slice(middle))]
+            waiting += [part.rows(slice(middle, None)), part.rows(slice(middle))]
         else:
             yield from without(partition, part, now_us, {int(part.offsets[0]): failure})
 
@@ -82,7 +82,7 @@ def poisonous(partition: Partition, batch: RecordBatch, now_us: int) -> dict[int
     def failure(rows: int, dead: list[int]) -> Exception | None:
         copy = type(partition).restore(partition.plan, partition.partition, state)
         try:
-            copy.process(_blanked(_rows(batch, slice(rows)), dead), now_us)
+            copy.process(_blanked(batch.rows(slice(rows)), dead), now_us)
         except NOT_OF_A_RECORD:
             raise
         except Exception as error:
@@ -121,12 +121,3 @@ def _blanked(batch: RecordBatch, offsets: list[int]) -> RecordBatch:
     values = batch.values.copy()
     values[np.isin(batch.offsets, offsets)] = -1
     return batch._replace(values=values)
-
-
-def _rows(batch: RecordBatch, rows: slice) -> RecordBatch:
-    return batch._replace(
-        offsets=batch.offsets[rows],
-        keys=batch.keys[rows],
-        values=batch.values[rows],
-        timestamps_ms=batch.timestamps_ms[rows],
-    )

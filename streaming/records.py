@@ -1,5 +1,6 @@
 """What travels between the stages of the stream: records in, refused records and feature rows out."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -31,6 +32,29 @@ class RecordBatch(NamedTuple):
     keys: Ints
     values: Ints
     timestamps_ms: Ints
+
+    @classmethod
+    def of_values(cls, values: Sequence[bytes], first_offset: int) -> "RecordBatch":
+        """Records of partition 0 without keys, whose offsets rise by one."""
+        ends = np.cumsum([0, *map(len, values)], dtype=np.int64)
+        count = len(values)
+        return cls(
+            partition=0,
+            buffer=np.frombuffer(b"".join(values), dtype=np.uint8),
+            offsets=np.arange(first_offset, first_offset + count, dtype=np.int64),
+            keys=np.full((count, 2), -1, dtype=np.int64),
+            values=np.stack([ends[:-1], ends[1:]], axis=1),
+            timestamps_ms=np.zeros(count, dtype=np.int64),
+        )
+
+    def rows(self, rows: slice) -> "RecordBatch":
+        """Some of the records, over the same buffer."""
+        return self._replace(
+            offsets=self.offsets[rows],
+            keys=self.keys[rows],
+            values=self.values[rows],
+            timestamps_ms=self.timestamps_ms[rows],
+        )
 
     def key(self, row: int) -> bytes | None:
         """The key bytes of a row, or None where it has none."""

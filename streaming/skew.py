@@ -223,9 +223,7 @@ class _Replay:
 
     def _advance(self, batch: RecordBatch, start: int, end: int) -> None:
         if start < end:
-            rows = slice(start, end)
-            spans = (batch.offsets[rows], batch.keys[rows], batch.values[rows], batch.timestamps_ms[rows])
-            self._partition.process(RecordBatch(batch.partition, batch.buffer, *spans), self._now_us)
+            self._partition.process(batch.rows(slice(start, end)), self._now_us)
             self._remember(self._partition.emit())
 
     def _idle_until(self, second: int) -> None:

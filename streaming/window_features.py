@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import numpy as np
-
 from streaming.partition import Counters, Partition
 from streaming.plan import FUNCTIONS, Aggregate, Column, ColumnType, Plan, Role, role
 from streaming.records import RecordBatch, Reject
@@ -154,7 +152,7 @@ class WindowFeatures:
         if not self._events:
             return
         partition = self._partition = self._partition or Partition(self._plan(), 0)
-        for reject in partition.process(_batch(self._events, partition.next_offset), _us(self._now())):
+        for reject in partition.process(RecordBatch.of_values(self._events, partition.next_offset), _us(self._now())):
             self._on_reject(reject)
         self._events = []
         emission = partition.emit()
@@ -192,19 +190,6 @@ def _empty(aggregate: Aggregate) -> Value:
     if aggregate.top is not None:
         return []
     return {"count": 0, "count_distinct": 0, "sum": 0.0}.get(aggregate.function)
-
-
-def _batch(events: Sequence[bytes], first: int) -> RecordBatch:
-    ends = np.cumsum([0, *map(len, events)], dtype=np.int64)
-    count = len(events)
-    return RecordBatch(
-        partition=0,
-        buffer=np.frombuffer(b"".join(events), dtype=np.uint8),
-        offsets=np.arange(first, first + count, dtype=np.int64),
-        keys=np.full((count, 2), -1, dtype=np.int64),
-        values=np.stack([ends[:-1], ends[1:]], axis=1),
-        timestamps_ms=np.zeros(count, dtype=np.int64),
-    )
 
 
 def _us(time: datetime) -> int:

@@ -295,15 +295,7 @@ def _joined(batches: Sequence[RecordBatch]) -> RecordBatch:
 
 def _pieces(batch: RecordBatch, max_records: int) -> Iterator[RecordBatch]:
     for start in range(0, len(batch.offsets), max_records):
-        rows = slice(start, start + max_records)
-        yield RecordBatch(
-            batch.partition,
-            batch.buffer,
-            batch.offsets[rows],
-            batch.keys[rows],
-            batch.values[rows],
-            batch.timestamps_ms[rows],
-        )
+        yield batch.rows(slice(start, start + max_records))
 
 
 @kernel
