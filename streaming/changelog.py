@@ -7,23 +7,21 @@ After a crash rows since the last checkpoint are published again, so a reader th
 with the greatest (event_time, revision) of each key.
 """
 
-import logging
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import timedelta
 
 import orjson
-from kafka import KafkaAdminClient, KafkaProducer
-from kafka.errors import KafkaError, TopicAlreadyExistsError
+from kafka import KafkaProducer
+from kafka.errors import KafkaError
 
 from streaming.records import Emission
 from streaming.sinks import OnlineSink, latest
 from streaming.sqlite_store import EPOCH
-
-log = logging.getLogger(__name__)
+from streaming.topics import ensure_topics
 
 CHUNK = 5_000
+DEFAULT_PARTITIONS = -1  # the broker's own number
 DELIVERY_TIMEOUT_MS = 20_000
 
 
@@ -58,7 +56,7 @@ class ChangelogSink:
     """
 
     def __init__(self, bootstrap_servers: str, topic: str) -> None:
-        self._servers, self._topic = bootstrap_servers.split(","), topic
+        self._servers, self._topic = bootstrap_servers, topic
         self._producer: KafkaProducer | None = None
 
     def write(self, emissions: Sequence[Emission]) -> int:
@@ -102,9 +100,9 @@ class ChangelogSink:
                 future.get(timeout=0)
 
     def _connect(self) -> KafkaProducer:
-        ensure_compacted(self._servers, self._topic)
+        ensure_topics(self._servers, {self._topic: DEFAULT_PARTITIONS}, {"cleanup.policy": "compact"})
         return KafkaProducer(
-            bootstrap_servers=self._servers,
+            bootstrap_servers=self._servers.split(","),
             enable_idempotence=True,
             compression_type="lz4",
             linger_ms=5,
@@ -128,20 +126,3 @@ def records(emission: Emission, revision: int) -> tuple[list[bytes], list[bytes]
         )
     ]
     return [str(entity).encode() for entity in entities], values
-
-
-def ensure_compacted(servers: Sequence[str], topic: str) -> None:
-    """Create the topic, compacted, with the broker's number of partitions; one that exists stays as it is.
-
-    Raises:
-        KafkaError: no broker answered.
-    """
-    admin = KafkaAdminClient(bootstrap_servers=list(servers), bootstrap_timeout_ms=DELIVERY_TIMEOUT_MS)
-    try:
-        if topic in admin.list_topics():
-            return
-        log.info("creating a compacted topic", extra={"topic": topic})
-        with suppress(TopicAlreadyExistsError):  # another worker was faster
-            admin.create_topics({topic: {"configs": {"cleanup.policy": "compact"}}}, wait_for_metadata=True)
-    finally:
-        admin.close()

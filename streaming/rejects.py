@@ -6,17 +6,12 @@ crash the records since the last checkpoint are read again, so one reject can be
 of each (view, partition, offset).
 """
 
-import logging
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 
-from kafka import KafkaAdminClient, KafkaProducer
-from kafka.errors import TopicAlreadyExistsError
+from kafka import KafkaProducer
 
 from streaming import events
 from streaming.records import Reject
-
-log = logging.getLogger(__name__)
 
 CHUNK = 1_000
 DELIVERY_TIMEOUT_MS = 20_000
@@ -83,26 +78,3 @@ def identity(headers: Sequence[tuple[str, bytes]]) -> tuple[str, int, int]:
     """(view, partition, offset) of a record in a dead or late topic: equal ones are the same reject."""
     found = dict(headers)
     return found["view"].decode(), int(found["partition"]), int(found["offset"])
-
-
-def ensure_topics(bootstrap_servers: str, topics: Mapping[str, int]) -> dict[str, int]:
-    """Create the topics (name to number of partitions) that do not exist; returns how many partitions each has.
-
-    Raises:
-        KafkaError: no broker answered.
-    """
-    admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers.split(","))
-    try:
-        existing = set(admin.list_topics())
-        missing = {
-            name: {"num_partitions": partitions, "replication_factor": -1}
-            for name, partitions in topics.items()
-            if name not in existing
-        }
-        if missing:
-            log.info("creating topics", extra={"topics": sorted(missing)})
-            with suppress(TopicAlreadyExistsError):  # another job was faster
-                admin.create_topics(missing, wait_for_metadata=True)
-        return {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics(list(topics))}
-    finally:
-        admin.close()

@@ -24,10 +24,9 @@ from streaming import events
 from streaming.actor import Assignment, Settings, StreamActor, checkpoint_uri
 from streaming.checkpoint import CheckpointStore, StaleEpochError
 from streaming.plan import Plan
-from streaming.rejects import ensure_topics
 from streaming.report import Report, beating, read_workers, write_workers
 from streaming.shares import Unit, deal
-from streaming.topics import TopicWatch
+from streaming.topics import TopicWatch, ensure_topics
 from streaming.worker import FLUSH_S, stream_name
 
 log = logging.getLogger(__name__)

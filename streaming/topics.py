@@ -1,21 +1,53 @@
-"""Watches topics while they are read: one that gets more partitions, and one that is deleted."""
+"""Topics: made where they are missing, and watched while they are read, for more partitions and for their end."""
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 from kafka import KafkaAdminClient
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 log = logging.getLogger(__name__)
 
+CONNECT_MS = 10_000
 LOOK_S = 10.0
 GONE_S = 60.0
 
 
 class TopicGoneError(ValueError):
     """A topic was deleted and did not come back."""
+
+
+def ensure_topics(
+    bootstrap_servers: str, topics: Mapping[str, int], configs: Mapping[str, str] | None = None
+) -> dict[str, int]:
+    """Create the topics (name to number of partitions) that do not exist; returns how many partitions each has.
+
+    Args:
+        bootstrap_servers: `host:port,host:port`.
+        topics: the wanted ones.
+        configs: settings of those that are created.
+
+    Raises:
+        KafkaError: no broker answered.
+    """
+    admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers.split(","), bootstrap_timeout_ms=CONNECT_MS)
+    try:
+        existing = set(admin.list_topics())
+        missing = {
+            name: {"num_partitions": partitions, "replication_factor": -1, "configs": dict(configs or {})}
+            for name, partitions in topics.items()
+            if name not in existing
+        }
+        if missing:
+            log.info("creating topics", extra={"topics": sorted(missing)})
+            with suppress(TopicAlreadyExistsError):  # another process was faster
+                admin.create_topics(missing, wait_for_metadata=True)
+        return {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics(list(topics))}
+    finally:
+        admin.close()
 
 
 def count_partitions(bootstrap_servers: str, topics: Iterable[str]) -> dict[str, int]:

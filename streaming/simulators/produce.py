@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from kafka import KafkaAdminClient, KafkaProducer
-from kafka.errors import KafkaError, MessageSizeTooLargeError, TopicAlreadyExistsError
+from kafka import KafkaProducer
+from kafka.errors import KafkaError, MessageSizeTooLargeError
 from kafka.producer.future import FutureRecordMetadata
 
 from streaming.simulators.arrival import KINDS, Arrivals
 from streaming.simulators.delivery import Delivery, deliver, takes_batches
 from streaming.simulators.encode import BATCH_BYTES, Batch, Compression, encode
+from streaming.topics import ensure_topics
 
 IN_FLIGHT_BYTES = 32 * 2**20
 """Keys and values not yet acknowledged; kafka-python itself would buffer without a limit."""
@@ -58,13 +59,7 @@ def ensure_topic(bootstrap_servers: str, topic: str, partitions: int) -> None:
         ProduceError: no broker answers there, or it refuses.
     """
     try:
-        admin = KafkaAdminClient(bootstrap_servers=bootstrap_servers, bootstrap_timeout_ms=int(CONNECT_S * 1000))
-        try:
-            admin.create_topics({topic: {"num_partitions": partitions}}, wait_for_metadata=True)
-        except TopicAlreadyExistsError:
-            pass
-        finally:
-            admin.close()
+        ensure_topics(bootstrap_servers, {topic: partitions})
     except (KafkaError, OSError, ValueError) as error:
         raise ProduceError(_unreachable(bootstrap_servers, topic, error)) from None
 

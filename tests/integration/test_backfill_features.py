@@ -16,7 +16,7 @@ from streaming import backfill, history
 from streaming.checkpoint import CheckpointStore
 from streaming.offline import OfflineLog
 from streaming.plan import Aggregate, Column, Plan
-from streaming.rejects import ensure_topics
+from streaming.topics import ensure_topics
 from streaming.wire import Consumer
 from streaming.worker import Worker
 

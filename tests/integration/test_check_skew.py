@@ -16,7 +16,7 @@ from kafka import KafkaProducer
 from streaming.checkpoint import CheckpointStore
 from streaming.offline import OfflineLog
 from streaming.records import Emission
-from streaming.rejects import ensure_topics
+from streaming.topics import ensure_topics
 from streaming.views import plans
 from streaming.wire import Consumer
 from streaming.worker import Worker

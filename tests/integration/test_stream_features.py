@@ -27,9 +27,10 @@ from feast.types import Float64, Int64, String
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
 from streaming import topics
-from streaming.rejects import ensure_topics, identity
+from streaming.rejects import identity
 from streaming.report import write_workers
 from streaming.supervisor import Supervisor
+from streaming.topics import ensure_topics
 from streaming.views import plans
 
 ROOT = Path(__file__).parents[2]

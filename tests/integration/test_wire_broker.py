@@ -2,7 +2,7 @@
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
-from streaming.rejects import ensure_topics
+from streaming.topics import ensure_topics
 from streaming.wire import Consumer
 
 CODECS = (None, "gzip", "snappy", "lz4", "zstd")

@@ -31,7 +31,8 @@ from kafka.errors import KafkaError
 
 from ops.broker import Broker
 from ops.ports import free_ports
-from streaming.rejects import ensure_topics, identity
+from streaming.rejects import identity
+from streaming.topics import ensure_topics
 
 ROOT = Path(__file__).parents[2]
 SEEDS = int(os.environ.get("MILLRACE_SOAK_SEEDS", "1"))
