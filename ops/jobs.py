@@ -10,9 +10,12 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ops.layout import REPOSITORY
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
 
 RAY_TRIES = 4
 
@@ -30,6 +33,27 @@ def parser(description: str, config: str | None = None) -> argparse.ArgumentPars
             "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override one value"
         )
     return arguments
+
+
+def add_repo(arguments: argparse.ArgumentParser) -> None:
+    """Give a job `--repo`, the Feast repository that it reads."""
+    arguments.add_argument(
+        "--repo", type=Path, default=REPOSITORY / "feature_repo", help="folder of a Feast repository (default: ours)"
+    )
+
+
+def open_repo(folder: Path) -> "FeatureStore":
+    """The Feast store that a repository declares.
+
+    Raises:
+        JobError: there is no repository.
+    """
+    from feast import FeatureStore
+
+    folder = folder.expanduser().absolute()
+    if not (folder / "feature_store.yaml").is_file():
+        raise JobError(f"There is no feature_store.yaml in {folder}: give --repo the folder of a Feast repository.")
+    return FeatureStore(repo_path=str(folder))
 
 
 @contextmanager

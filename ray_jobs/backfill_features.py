@@ -1,14 +1,10 @@
 """Compute a stream feature view over recorded events, Parquet, JSON lines or a topic, as the stream would have."""
 
 import argparse
-import dataclasses
 import time
-from pathlib import Path
-
-from feast import FeatureStore
 
 from ops.environment import Environment
-from ops.jobs import JobError, parser, ray_session, run
+from ops.jobs import JobError, add_repo, open_repo, parser, ray_session, run
 from streaming import backfill, history
 from streaming.views import plans
 
@@ -16,7 +12,7 @@ from streaming.views import plans
 def arguments() -> argparse.Namespace:
     """The command line."""
     options = parser(__doc__ or "")
-    options.add_argument("--repo", type=Path, default=Path("feature_repo"), help="folder of a Feast repository")
+    add_repo(options)
     options.add_argument("--view", required=True, help="stream feature view")
     options.add_argument(
         "--input", required=True, help=".parquet, .jsonl or .jsonl.gz file, a folder of them, or kafka:TOPIC"
@@ -31,15 +27,10 @@ def main() -> dict[str, object]:
     args = arguments()
     environment = Environment.read()
     environment.export()
-    repo = args.repo.expanduser().absolute()
-    if not (repo / "feature_store.yaml").is_file():
-        raise JobError(f"There is no feature_store.yaml in {repo}: give --repo the folder of a Feast repository.")
     if args.workers < 1:
         raise JobError(f"--workers is {args.workers}: a backfill needs at least one.")
-    store = FeatureStore(repo_path=str(repo))
-    (plan,) = plans(store, [args.view])
-    servers = environment.kafka_bootstrap_servers or plan.bootstrap_servers
-    plan = dataclasses.replace(plan, bootstrap_servers=servers)
+    store = open_repo(args.repo)
+    (plan,) = plans(store, [args.view], environment.kafka_bootstrap_servers)
     log = store.get_stream_feature_view(args.view).batch_source
     output = backfill.Output(
         args.output,

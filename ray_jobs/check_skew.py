@@ -1,22 +1,18 @@
 """Check that the features of served predictions are those of the offline log, or of the kernel over the raw topic."""
 
 import argparse
-import dataclasses
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from feast import FeatureStore
 from pyarrow import fs as pafs
 
 from ops.environment import Environment
-from ops.jobs import JobError, parser, run
+from ops.jobs import add_repo, open_repo, parser, run
 from streaming import events, history, skew
 from streaming.checkpoint import filesystem
 from streaming.plan import Plan
@@ -26,7 +22,7 @@ from streaming.views import plans
 def arguments() -> argparse.Namespace:
     """The command line."""
     options = parser(__doc__ or "")
-    options.add_argument("--repo", type=Path, default=Path("feature_repo"), help="folder of a Feast repository")
+    add_repo(options)
     options.add_argument("--view", help="stream feature view (default: all)")
     options.add_argument("--recompute", action="store_true", help="compute the features from the raw topic again")
     return options.parse_args()
@@ -37,18 +33,15 @@ def main() -> dict[str, object]:
     args = arguments()
     environment = Environment.read()
     environment.export()
-    repo = args.repo.expanduser().absolute()
-    if not (repo / "feature_store.yaml").is_file():
-        raise JobError(f"There is no feature_store.yaml in {repo}: give --repo the folder of a Feast repository.")
-    store = FeatureStore(repo_path=str(repo))
+    store = open_repo(args.repo)
     result: dict[str, object] = {}
-    for plan in plans(store, [args.view] if args.view else None):
-        servers = environment.kafka_bootstrap_servers or plan.bootstrap_servers
-        plan = dataclasses.replace(plan, bootstrap_servers=servers)
-        verdict, predictions = _check(plan, store.get_stream_feature_view(plan.view).batch_source, args.recompute)
+    for plan in plans(store, [args.view] if args.view else None, environment.kafka_bootstrap_servers):
+        log = store.get_stream_feature_view(plan.view).batch_source
+        verdict, predictions, unreadable = _check(plan, log, args.recompute)
         print("\n".join([f"view {plan.view}", *verdict.table(), *verdict.examples]), file=sys.stderr)
         result[plan.view] = {
             "predictions": predictions,
+            "unreadable": unreadable,
             "matched": verdict.matched.total(),
             "mismatches": verdict.mismatched.total(),
             "defaulted": verdict.defaulted.total(),
@@ -57,10 +50,12 @@ def main() -> dict[str, object]:
     return {"views": result, "recomputed": args.recompute}
 
 
-def _check(plan: Plan, log: Any, recompute: bool) -> tuple[skew.Verdict, int]:
+def _check(plan: Plan, log: Any, recompute: bool) -> tuple[skew.Verdict, int, int]:
+    """What was found, over how many predictions, and how many could not be read."""
     verdict, names = skew.Verdict(), [aggregate.name for aggregate in plan.aggregates]
     integer_key = plan.entity_type == "int64"
-    found = (skew.read(event, plan.view, names, integer_key, verdict) for event in _predictions(plan))
+    predictions, unreadable = _predictions(plan)
+    found = (skew.read(event, plan.view, names, integer_key, verdict) for event in predictions)
     served = [each for each in found if each is not None]
     wanted = {(each.entity, each.time_us // skew.SECOND_US) for each in served}
     if recompute:
@@ -70,19 +65,23 @@ def _check(plan: Plan, log: Any, recompute: bool) -> tuple[skew.Verdict, int]:
         rows = _log(log.path, plan, log.timestamp_field, {entity for entity, _ in wanted})
         known = skew.logged(rows, plan.entity, log.timestamp_field, names) if rows is not None else {}
     skew.judge(served, known, names, verdict)
-    return verdict, len(served)
+    return verdict, len(served), unreadable
 
 
-def _predictions(plan: Plan) -> Iterator[dict[str, Any]]:
-    topic = events.PREDICTIONS.name
+def _predictions(plan: Plan) -> tuple[list[dict[str, Any]], int]:
+    """The events of the topic that are JSON objects, and how many are not."""
+    topic, found, unreadable = events.PREDICTIONS.name, [], 0
     for batch in history.records(plan.bootstrap_servers, topic, f"millrace-skew-{plan.view}"):
         for row in range(len(batch.offsets)):
             try:
                 event = orjson.loads(batch.value(row) or b"")
             except orjson.JSONDecodeError:
-                continue
+                event = None
             if isinstance(event, dict):
-                yield event
+                found.append(event)
+            else:
+                unreadable += 1
+    return found, unreadable
 
 
 def _log(path: str, plan: Plan, timestamp: str, entities: set[str | int]) -> pa.Table | None:

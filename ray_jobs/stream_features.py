@@ -3,13 +3,11 @@
 import argparse
 import logging
 import signal
-from pathlib import Path
 
 import psutil
-from feast import FeatureStore
 
 from ops.environment import Environment
-from ops.jobs import JobError, parser, ray_session, run
+from ops.jobs import JobError, add_repo, open_repo, parser, ray_session, run
 from streaming.logs import log_to_stderr
 from streaming.report import write_workers
 from streaming.supervisor import Supervisor
@@ -20,7 +18,7 @@ from streaming.worker import FLUSH_S
 def arguments() -> argparse.Namespace:
     """The command line."""
     options = parser(__doc__ or "")
-    options.add_argument("--repo", type=Path, default=Path("feature_repo"), help="folder of a Feast repository")
+    add_repo(options)
     options.add_argument("--views", help="comma-separated stream feature views (default: all)")
     options.add_argument("--workers", type=int, default=1, help="actors that share the partitions (default 1)")
     options.add_argument("--scale", type=int, metavar="N", help="let the running stream go on with N workers, and end")
@@ -58,20 +56,16 @@ def main() -> dict[str, object]:
         return {"workers": args.scale}
     if args.flush_ms < 0:
         raise JobError(f"--flush-ms must not be below 0: it is {args.flush_ms:g}.")
-    repo = args.repo.expanduser().absolute()
-    if not (repo / "feature_store.yaml").is_file():
-        raise JobError(f"There is no feature_store.yaml in {repo}: give --repo the folder of a Feast repository.")
+    store = open_repo(args.repo)
     log_to_stderr()
-    logging.getLogger("streaming").info("starting", extra={"repo": str(repo), "home": str(environment.home)})
-    store = FeatureStore(repo_path=str(repo))
+    logging.getLogger("streaming").info("starting", extra={"repo": str(store.repo_path), "home": str(environment.home)})
     views = [name.strip() for name in args.views.split(",") if name.strip()] if args.views else None
     supervisor = Supervisor(
         store,
-        plans(store, views),
+        plans(store, views, environment.kafka_bootstrap_servers),
         home=environment.home,
         workers=args.workers,
         until_caught_up=args.until_caught_up,
-        bootstrap_servers=environment.kafka_bootstrap_servers,
         flush_s=args.flush_ms / 1000,
         max_state_bytes=args.max_state_mb << 20,
         by_group=args.assignment == "group",

@@ -3,15 +3,13 @@
 import tempfile
 from pathlib import Path
 
-from feast import FeatureStore
-
 from models import runs
 from models.registry import CHAMPION, Registry
 from models.tabular import data, train
 from models.tabular.config import TabularConfig
 from ops.configuration import flatten, load
 from ops.environment import Environment
-from ops.jobs import REPOSITORY, JobError, parser, run
+from ops.jobs import add_repo, open_repo, parser, run
 
 
 def main() -> dict[str, object]:
@@ -20,14 +18,12 @@ def main() -> dict[str, object]:
     Runs in the job's own process: the rows fit one machine, and a start of Ray would take longer than the training.
     """
     arguments_parser = parser(__doc__ or "", config="configs/tabular/edits.yaml")
-    arguments_parser.add_argument("--repo", type=Path, default=REPOSITORY / "feature_repo", help="Feast repository")
+    add_repo(arguments_parser)
     arguments = arguments_parser.parse_args()
     environment = Environment.read()
     environment.export()
     config = load(TabularConfig, arguments.config, arguments.overrides)
-    if not (arguments.repo / "feature_store.yaml").is_file():
-        raise JobError(f"There is no feature_store.yaml in {arguments.repo}: give --repo a Feast repository's folder.")
-    store = FeatureStore(repo_path=str(arguments.repo))
+    store = open_repo(arguments.repo)
     splits = data.load(store, config.data, environment.kafka_bootstrap_servers)
     rows = {name: len(getattr(splits, name).labels) for name in data.SPLITS}
     with runs.opened(environment.tracking_uri, config.name, f"train {config.name}") as tracked:

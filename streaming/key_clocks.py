@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from streaming.cells import grown
 from streaming.compile_kernels import kernel
 from streaming.records import Ints
-from streaming.windows import NEVER_US, grown
+from streaming.windows import NEVER_US
 
 
 class KeyClocks:

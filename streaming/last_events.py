@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from streaming import partials
+from streaming.cells import grown
 from streaming.compile_kernels import kernel
 from streaming.partials import CELL, COUNT_CELL, SKETCH, Estimates
 from streaming.plan import Aggregate
 from streaming.records import Bools, Floats, Ints
 from streaming.sketches import Pools, empty_pools, reserve
-from streaming.windows import grown, outputs
+from streaming.windows import outputs
 
 
 class LastEvents:

@@ -1,6 +1,6 @@
-"""Reading bytes by address in compiled code: single instructions that numba has no name for.
+"""Single instructions for compiled code that numba has no name for: bytes by address, bits of words and floats.
 
-They do not check bounds: whoever uses them does. On a machine with the other byte order
+Those that take an address do not check bounds: whoever uses them does. On a machine with the other byte order
 `first_byte` would count from the wrong end; numba runs on none.
 """
 
@@ -58,6 +58,20 @@ def _prefetch(context: Any, i: Any) -> Any:
     return types.none(types.int64), generate
 
 
+def _float_bits(context: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(64))
+
+    return types.uint64(types.float64), generate
+
+
+def _leading_zeros(context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(types.uint64), generate
+
+
 #: The byte at an address.
 byte = cast(Callable[[int], int], intrinsic(_load_byte))
 #: The 8 bytes at an address, the first one lowest.
@@ -66,3 +80,7 @@ word = cast(Callable[[int], np.uint64], intrinsic(_load_word))
 first_byte = cast(Callable[[np.uint64], int], intrinsic(_count_zero_bytes))
 #: Asks for the memory at an address, which is written soon; any address will do.
 prefetch = cast(Callable[[int], None], intrinsic(_prefetch))
+#: The 64 bits of a float.
+float_bits = cast(Callable[[float], np.uint64], intrinsic(_float_bits))
+#: How many of the highest bits of a word are zero, 64 where all are.
+leading_zeros = cast(Callable[[np.uint64], int], intrinsic(_leading_zeros))

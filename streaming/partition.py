@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from streaming import features
+from streaming.cells import grown
 from streaming.decode import Columns
 from streaming.frames import frames, grain_us
 from streaming.key_clocks import KeyClocks
@@ -22,7 +23,7 @@ from streaming.plan import Plan
 from streaming.records import Bools, Emission, Floats, Ints, RecordBatch, Reject, RejectKind
 from streaming.state import StateError, pack, unpack
 from streaming.transformations import Reader
-from streaming.windows import NEVER_US, grown
+from streaming.windows import NEVER_US
 
 _CHANGED_US = -NEVER_US
 _FEW_KEYS = 10_000

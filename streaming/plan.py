@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 EntityType = Literal["string", "int64"]
@@ -59,13 +60,13 @@ class Aggregate:
     kind: WindowKind = "sliding"
     size: int = 0
 
-    @property
+    @cached_property
     def quantile(self) -> float | None:
         """The quantile of p1 to p99."""
         match = re.fullmatch(r"p(\d\d?)", self.function)
         return int(match[1]) / 100 if match and match[1] not in ("0", "00") else None
 
-    @property
+    @cached_property
     def top(self) -> int | None:
         """The k of top_k."""
         match = re.fullmatch(r"top_(\d{1,3})", self.function)

@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from streaming import partials
+from streaming.cells import Cells, grown
 from streaming.compile_kernels import kernel
 from streaming.partials import CELL, COUNT_CELL, SKETCH, Estimates
 from streaming.plan import Aggregate
 from streaming.records import Bools, Floats, Ints
-from streaming.sketches import Pools, empty_pools, reserve, restored
-from streaming.windows import NEVER_US, grown, outputs
+from streaming.sketches import Pools
+from streaming.windows import NEVER_US, outputs
 
 _FIRST, _LAST, _TOLD = range(3)
 
@@ -38,33 +39,31 @@ class Sessions:
     ) -> None:
         self.gap_us = aggregates[0][1].window_us
         self._lateness_us, self._final = lateness_us, final
-        self._layout = partials.layout(aggregates)
-        self._outputs = outputs(self._layout, aggregates, [1] * len(aggregates))
-        self.readings = self._outputs.readings
         self._size = sessions_open(self.gap_us, history_us)
-        self._pools = empty_pools(self._layout.top_k)
+        self._cells = Cells(aggregates, self._size)
         self._bounds = np.zeros((0, self._size, 3), dtype=np.int64)
-        self._cells = np.zeros(0)
+        self._outputs = outputs(self._cells.layout, aggregates, [1] * len(aggregates))
+        self.readings = self._outputs.readings
 
     @property
     def incremental(self) -> bool:
         """Whether the rows of an entity are its whole state, which sketches in pools are not."""
-        return not any(self._layout.blocks)
+        return not self._cells.has_sketches
 
     def reserve(self, keys: int) -> None:
         """Makes room for `keys` entities; arrays grow by doubling."""
         if keys > len(self._bounds):
             keys = max(keys, 2 * len(self._bounds))
             self._bounds = grown(self._bounds, keys, -NEVER_US)
-            self._cells = grown(self._cells, keys * self._size * self._layout.size, 0)
+            self._cells.reserve(keys)
 
     def bytes_per_key(self) -> int:
         """Memory that one entity takes, sketches not counted."""
-        return 8 * self._size * (3 + self._layout.size)
+        return 24 * self._size + self._cells.bytes_per_key
 
     def pool_bytes(self) -> int:
         """Memory of the sketches."""
-        return sum(array.nbytes for array in self._pools)
+        return self._cells.pool_bytes
 
     def closed(self, times: Ints, marks: Ints) -> Bools:
         """Which events [N] come after the session that each would be alone is closed."""
@@ -76,10 +75,8 @@ class Sessions:
 
         For final sessions `due_us` [K] becomes the end of the first session that was not read.
         """
-        layout = self._layout
-        if any(layout.blocks):
-            one, two, three = (len(ids) * blocks for blocks in layout.blocks)
-            self._pools = reserve(self._pools, (one, two, three))
+        cells, layout = self._cells, self._cells.layout
+        cells.reserve_sketches(len(ids))
         _add(
             ids,
             times,
@@ -89,10 +86,10 @@ class Sessions:
             self.gap_us,
             layout.size,
             layout.operations,
-            any(layout.blocks),
-            self._pools,
+            cells.has_sketches,
+            cells.pools,
             self._bounds,
-            self._cells,
+            cells.array,
             due_us if self._final else due_us[:0],
         )
 
@@ -102,19 +99,19 @@ class Sessions:
         `due_us` [K] becomes at most the end of the next session that ends.
         """
         out = np.zeros((len(ids), self._outputs.width))
-        layout, wanted = self._layout, self._outputs
+        cells, wanted = self._cells, self._outputs
         _merge(
             ids,
             moments_us,
             wanted.windows,
             self.gap_us,
             self._final,
-            layout.size,
-            layout.operations,
+            cells.layout.size,
+            cells.layout.operations,
             wanted.estimates,
-            self._pools,
+            cells.pools,
             self._bounds,
-            self._cells,
+            cells.array,
             due_us,
             out,
         )
@@ -128,25 +125,17 @@ class Sessions:
 
     def keep(self, ids: Ints) -> None:
         """Forgets all entities but those of `ids`, which become 0, 1, ... in this order."""
-        width = self._size * self._layout.size
-        cells = self._cells.reshape(-1, width)
-        if any(self._layout.blocks):
-            gone = np.setdiff1d(np.arange(len(cells)), ids)
-            _clear_all(gone, self._size, self._layout.size, self._layout.operations, self._pools, self._cells)
-        self._bounds, self._cells = self._bounds[ids], cells[ids].reshape(-1)
+        self._bounds = self._bounds[ids]
+        self._cells.keep(ids)
 
     def state(self, ids: Ints | slice) -> list[npt.NDArray[Any]]:
         """The arrays of some entities, and of the sketches where there are any, for `restore`."""
-        cells = self._cells.reshape(-1, self._size * self._layout.size)[ids]
-        rows: list[npt.NDArray[Any]] = [self._bounds[ids], cells]
-        return rows if self.incremental else [*rows, *self._pools]
+        return [self._bounds[ids], *self._cells.state(ids)]
 
     def restore(self, ids: Ints | slice, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Takes the arrays of `state` for these entities, for which there is room; they are copied."""
         self._bounds[ids] = arrays[0]
-        self._cells.reshape(-1, self._size * self._layout.size)[ids] = arrays[1]
-        if not self.incremental:
-            self._pools = restored(arrays[2:])
+        self._cells.restore(ids, arrays[1:])
 
 
 def sessions_open(gap_us: int, history_us: int) -> int:
@@ -313,10 +302,3 @@ def _merge(
             due_us[key] = min(due_us[key], _next_end(key, gap_us, bounds))
         elif found:
             due_us[key] = min(due_us[key], bounds[key, 0, _LAST] + gap_us)
-
-
-@kernel
-def _clear_all(ids: Ints, sessions: int, size: int, operations: Ints, pools: Pools, cells: Floats) -> None:
-    for key in ids:
-        for at in range(sessions):
-            partials.clear(cells, (key * sessions + at) * size, size, operations, pools, True)

@@ -11,16 +11,14 @@ t-digests" (2019), with the scale function k1 and compression 100: exact up to 1
 most n / capacity too high for the n values of a pane.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from streaming.compile_kernels import kernel
+from streaming.memory import float_bits, leading_zeros
 from streaming.records import Bytes, Floats, Ints
 
 HLL, DIGEST, TOP = range(3)
@@ -96,24 +94,6 @@ def restored(arrays: Sequence[npt.NDArray[Any]]) -> Pools:
     """A copy of the arrays of pools."""
     hll, digest, top, free, n_free = (array.copy() for array in arrays)
     return Pools(hll, digest, top, free, n_free)
-
-
-def _float_bits(context: Any, value: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(64))
-
-    return types.uint64(types.float64), generate
-
-
-def _leading_zeros(context: Any, bits: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.int64(types.uint64), generate
-
-
-float_bits = cast(Callable[[float], np.uint64], intrinsic(_float_bits))
-leading_zeros = cast(Callable[[np.uint64], int], intrinsic(_leading_zeros))
 
 
 @kernel

@@ -7,7 +7,6 @@ how many there should be; who writes another number there changes it while the s
 let go by its worker, which flushes and checkpoints it, before another one takes it.
 """
 
-import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -77,7 +76,6 @@ class Supervisor:
         workers: how many actors share the partitions; not more are started than there are partitions.
         until_caught_up: end when every record that is there has been processed and checkpointed; the number of workers
             stays as it is.
-        bootstrap_servers: the broker to read from instead of the one that the views name.
         flush_s: pause between writes to the online store of workers that keep up.
         max_state_bytes: memory that the state of a partition may take; more ends the stream with a sentence.
         by_group: let a Kafka consumer group deal the partitions.
@@ -91,7 +89,6 @@ class Supervisor:
         home: Path,
         workers: int = 1,
         until_caught_up: bool = False,
-        bootstrap_servers: str | None = None,
         flush_s: float = FLUSH_S,
         max_state_bytes: int | None = None,
         by_group: bool = False,
@@ -105,10 +102,7 @@ class Supervisor:
                 "A consumer group cannot run until caught up, because partitions come and go: leave the assignment to"
                 " the supervisor."
             )
-        self._plans = {
-            plan.view: dataclasses.replace(plan, bootstrap_servers=bootstrap_servers or plan.bootstrap_servers)
-            for plan in plans
-        }
+        self._plans = {plan.view: plan for plan in plans}
         self._store, self._home, self._workers = store, home.absolute(), workers
         self._settings = Settings(str(self._home), flush_s, until_caught_up, by_group, max_state_bytes)
         self._checkpoints = CheckpointStore(checkpoint_uri(self._home))

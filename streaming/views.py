@@ -39,8 +39,15 @@ _ENTITY_TYPES: dict[str, EntityType] = {"STRING": "string", "INT64": "int64", "I
 _INTEGERS = {"tinyint", "smallint", "int", "bigint"}
 
 
-def plans(store: "FeatureStore", views: Sequence[str] | None = None) -> list[Plan]:
+def plans(
+    store: "FeatureStore", views: Sequence[str] | None = None, bootstrap_servers: str | None = None
+) -> list[Plan]:
     """The plans of the named StreamFeatureViews of a registry, or of all of them, by name.
+
+    Args:
+        store: Of the registry.
+        views: Names; None for all.
+        bootstrap_servers: The broker to read from instead of the one that the views name.
 
     Raises:
         PlanError: A view is unknown or cannot be computed.
@@ -60,7 +67,8 @@ def plans(store: "FeatureStore", views: Sequence[str] | None = None) -> list[Pla
             raise PlanError(
                 f"View '{name}': entity '{entity.name}' is of type {entity.value_type.name}: use STRING or INT64."
             )
-        compiled.append(compile_view(view, entity.join_key, _ENTITY_TYPES[entity.value_type.name]))
+        plan = compile_view(view, entity.join_key, _ENTITY_TYPES[entity.value_type.name])
+        compiled.append(replace(plan, bootstrap_servers=bootstrap_servers or plan.bootstrap_servers))
     return compiled
 
 

@@ -6,22 +6,21 @@ records were batched. A lifetime is a window of one pane that never ends.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from streaming import partials
+from streaming.cells import Cells, grown
 from streaming.compile_kernels import kernel
 from streaming.memory import address, prefetch
 from streaming.partials import CELL, COUNT_CELL, SKETCH, Estimates
 from streaming.plan import Aggregate
 from streaming.records import Bools, Floats, Ints
-from streaming.sketches import Pools, empty_pools, reserve, restored
+from streaming.sketches import Pools
 
 NEVER_US = 1 << 62
-
-T = TypeVar("T", bound=np.generic)
 
 _NO_PANE = -(1 << 62)
 _AHEAD = 16
@@ -98,33 +97,31 @@ class PaneRing:
         self._lateness_us = lateness_us
         self._shift = int(final)
         lengths = [aggregate.window_us // self.slide_us if self.slide_us else 1 for _, aggregate in aggregates]
-        self._layout = partials.layout(aggregates)
-        self._outputs = outputs(self._layout, aggregates, lengths)
-        self.readings = self._outputs.readings
         self._size = max(lengths) + (-(-history_us // self.slide_us) + self._shift if self.slide_us else 0)
-        self._pools = empty_pools(self._layout.top_k)
+        self._cells = Cells(aggregates, self._size)
         self._newest = np.zeros(0, dtype=np.int64)
-        self._cells = np.zeros(0)
+        self._outputs = outputs(self._cells.layout, aggregates, lengths)
+        self.readings = self._outputs.readings
 
     @property
     def incremental(self) -> bool:
         """Whether the rows of an entity are its whole state, which sketches in pools are not."""
-        return not any(self._layout.blocks)
+        return not self._cells.has_sketches
 
     def reserve(self, keys: int) -> None:
         """Makes room for `keys` entities; arrays grow by doubling."""
         if keys > len(self._newest):
             keys = max(keys, 2 * len(self._newest))
             self._newest = grown(self._newest, keys, _NO_PANE)
-            self._cells = grown(self._cells, keys * self._size * self._layout.size, 0)
+            self._cells.reserve(keys)
 
     def bytes_per_key(self) -> int:
         """Memory that one entity takes, sketches not counted."""
-        return 8 + 8 * self._size * self._layout.size
+        return 8 + self._cells.bytes_per_key
 
     def pool_bytes(self) -> int:
         """Memory of the sketches."""
-        return sum(array.nbytes for array in self._pools)
+        return self._cells.pool_bytes
 
     def closed(self, times: Ints, marks: Ints) -> Bools:
         """Which events [N] come after the pane that they belong to is closed."""
@@ -138,10 +135,8 @@ class PaneRing:
 
         For final windows `due_us` [K] becomes at most the end of each event's pane.
         """
-        layout = self._layout
-        if any(layout.blocks):
-            one, two, three = (len(ids) * blocks for blocks in layout.blocks)
-            self._pools = reserve(self._pools, (one, two, three))
+        cells, layout = self._cells, self._cells.layout
+        cells.reserve_sketches(len(ids))
         _add(
             ids,
             times,
@@ -152,10 +147,10 @@ class PaneRing:
             self._size,
             layout.size,
             layout.operations,
-            any(layout.blocks),
-            self._pools,
+            cells.has_sketches,
+            cells.pools,
             self._newest,
-            self._cells,
+            cells.array,
             due_us[: self._shift * len(due_us)],
         )
 
@@ -166,11 +161,11 @@ class PaneRing:
         """
         out = np.zeros((len(ids), self._outputs.width))
         currents = moments_us // self.slide_us - self._shift if self.slide_us else np.zeros_like(moments_us)
-        layout, wanted = self._layout, self._outputs
-        arguments = (ids, currents, wanted.windows, self._size, layout.size, layout.operations)
-        _merge(*arguments, self.slide_us, self._shift, self._newest, self._cells, due_us, out)
+        cells, wanted = self._cells, self._outputs
+        arguments = (ids, currents, wanted.windows, self._size, cells.layout.size, cells.layout.operations)
+        _merge(*arguments, self.slide_us, self._shift, self._newest, cells.array, due_us, out)
         if len(wanted.estimates.outs):
-            _estimate(*arguments, wanted.estimates, self._pools, self._newest, self._cells, out)
+            _estimate(*arguments, wanted.estimates, cells.pools, self._newest, cells.array, out)
         return out
 
     def empty(self, keys: int, mark_us: int) -> Bools:
@@ -183,35 +178,17 @@ class PaneRing:
 
     def keep(self, ids: Ints) -> None:
         """Forgets all entities but those of `ids`, which become 0, 1, ... in this order."""
-        width = self._size * self._layout.size
-        cells = self._cells.reshape(-1, width)
-        if any(self._layout.blocks):
-            gone = np.setdiff1d(np.arange(len(cells)), ids)
-            _clear_all(gone, self._size, self._layout.size, self._layout.operations, self._pools, self._cells)
-        self._newest, self._cells = self._newest[ids], cells[ids].reshape(-1)
+        self._newest = self._newest[ids]
+        self._cells.keep(ids)
 
     def state(self, ids: Ints | slice) -> list[npt.NDArray[Any]]:
         """The arrays of some entities, and of the sketches where there are any, for `restore`."""
-        width = self._size * self._layout.size
-        rows: list[npt.NDArray[Any]] = [self._newest[ids], self._cells.reshape(-1, width)[ids]]
-        return rows if self.incremental else [*rows, *self._pools]
+        return [self._newest[ids], *self._cells.state(ids)]
 
     def restore(self, ids: Ints | slice, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Takes the arrays of `state` for these entities, for which there is room; they are copied."""
-        width = self._size * self._layout.size
         self._newest[ids] = arrays[0]
-        self._cells.reshape(-1, width)[ids] = arrays[1]
-        if not self.incremental:
-            self._pools = restored(arrays[2:])
-
-
-def grown(array: npt.NDArray[T], rows: int, fill: int) -> npt.NDArray[T]:
-    """A copy with so many rows, the new ones filled."""
-    larger = np.zeros((rows, *array.shape[1:]), dtype=array.dtype)
-    larger[: len(array)] = array
-    if fill:
-        larger[len(array) :] = fill
-    return larger
+        self._cells.restore(ids, arrays[1:])
 
 
 @kernel
@@ -336,10 +313,3 @@ def _estimate(
             kind = operations[operation, SKETCH]
             to = out[row, estimates.outs[number] : ends[number]]
             partials.estimate(pools, kind, blocks[:found], estimates.quantiles[number], to)
-
-
-@kernel
-def _clear_all(ids: Ints, panes: int, size: int, operations: Ints, pools: Pools, cells: Floats) -> None:
-    for key in ids:
-        for slot in range(panes):
-            partials.clear(cells, (key * panes + slot) * size, size, operations, pools, True)
