@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHES := kernel streaming backfill inference recovery peers
+BENCHES := kernel streaming replays backfill inference recovery peers
 
 # Without starting what a package brings as a service.
 INSTALL := test "$$(id -u)" = 0 && timeout 120 apt-get update -qq && \

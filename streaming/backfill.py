@@ -87,7 +87,8 @@ class Shard:
         for refused in partition.add(columns, chunk.offsets, self._output.created_us, mine):
             rejects += refused
             if partition.next_offset <= chunk.offsets[-1]:
-                self._take(partition.emit())
+                partition.mark()
+        self._take(partition.take())
         return rejects
 
     def finish(self) -> Backfilled:

@@ -239,7 +239,8 @@ def _computed(plan: Plan, events: pa.Table, end_us: int, output: Output) -> pa.T
         if rejects:
             log.warning("events that cannot be read", extra={"count": len(rejects), "reason": rejects[0].reason})
         for _ in partition.add(columns, offsets, 0):
-            tables.append(table(plan, partition.emit(), output))
+            partition.mark()
+        tables.append(table(plan, partition.take(), output))
         first += batch.num_rows
     partition.tick(end_us - partition.clock_us)
     tables.append(table(plan, partition.emit(), output))

@@ -39,6 +39,14 @@ class Counters(NamedTuple):
     keys: int
 
 
+class _Marked(NamedTuple):
+    """Entities [M], a moment each, and what each frame's windows hold there [M, O]."""
+
+    ids: Ints
+    moments_us: Ints
+    merged: list[Floats]
+
+
 class Partition:
     """The state of one partition of a view; not safe for use by two threads.
 
@@ -71,7 +79,7 @@ class Partition:
         self._seen_us = np.zeros(0, dtype=np.int64)
         self._changed = np.zeros(0, dtype=np.bool_)
         self._told_keys = 0
-        self._finals: list[Emission] = []
+        self._marked: list[_Marked] = []
 
     @property
     def watermark_us(self) -> int:
@@ -96,8 +104,8 @@ class Partition:
         """Takes records in offset order, piece by piece; those below `next_offset` were taken before and are skipped.
 
         A piece ends where the clock enters another pane of the shortest slide; where the first record does so, the
-        first piece is empty. Who emits after each piece but the last of a batch gets the features as they were once in
-        every pane, whatever the size of the batches.
+        first piece is empty. Who calls `mark` after each piece but the last of a batch gets the features as they were
+        once in every pane, whatever the size of the batches.
 
         Args:
             batch: Of this partition.
@@ -172,18 +180,36 @@ class Partition:
         if self._clocks is not None:
             self._clocks.tick(len(self._keys), now_us)
 
-    def emit(self) -> Emission:
-        """The features of every entity that changed since the last call, by an event or by the clock."""
+    def mark(self) -> None:
+        """Notes the features of every entity that changed since the last call, by an event or by the clock."""
         if self._final:
             self._finish(self.watermark_us)
-            emissions, self._finals = self._finals, []
-            return _joined(emissions) if emissions else self._emission(_NONE, _NONE)
+            return
         due_us = self._due_us[: len(self._keys)]
         if self._clocks is None:
             ids = np.flatnonzero(due_us <= self.clock_us)
-            return self._emission(ids, np.full(len(ids), self.clock_us, dtype=np.int64))
-        ids = np.flatnonzero(due_us <= self._clocks.now_us[: len(due_us)])
-        return self._emission(ids, self._clocks.now_us[ids])
+            self._note(ids, np.full(len(ids), self.clock_us, dtype=np.int64))
+        else:
+            ids = np.flatnonzero(due_us <= self._clocks.now_us[: len(due_us)])
+            self._note(ids, self._clocks.now_us[ids])
+
+    def take(self) -> Emission:
+        """What was noted since the last call, in that order."""
+        marked, self._marked = self._marked or [self._read(_NONE, _NONE)], []
+        ids = np.concatenate([each.ids for each in marked])
+        merged = [np.concatenate(parts) for parts in zip(*(each.merged for each in marked), strict=True)]
+        columns = [
+            features.column(self.plan, aggregate, reading, merged[frame], self._texts)
+            for aggregate, (frame, reading) in zip(self.plan.aggregates, self._readings, strict=True)
+        ]
+        table = pa.Table.from_arrays(columns, names=[aggregate.name for aggregate in self.plan.aggregates])
+        moments_us = np.concatenate([each.moments_us for each in marked])
+        return Emission(self._keys.entities(ids, self.plan.entity_type), moments_us, table)
+
+    def emit(self) -> Emission:
+        """The features of every entity that changed since the last call, behind what was noted before."""
+        self.mark()
+        return self.take()
 
     def drain(self) -> Emission:
         """What would still be emitted if no event came any more: of final windows all that have not ended."""
@@ -283,21 +309,19 @@ class Partition:
             self._clocks.move(taken, times[known], now_us)
 
     def _finish(self, mark_us: int) -> None:
-        """Reads the final windows that end at or before a watermark, each entity's in order of time."""
+        """Notes the final windows that end at or before a watermark, each entity's in order of time."""
         due_us = self._due_us[: len(self._keys)]
         while len(ids := np.flatnonzero(due_us <= mark_us)):
-            self._finals.append(self._emission(ids, due_us[ids]))
+            self._note(ids, due_us[ids])
 
-    def _emission(self, ids: Ints, moments_us: Ints) -> Emission:
-        self._due_us[ids] = NEVER_US
-        self._changed[ids] = True
-        merged = [frame.merge(ids, moments_us, self._due_us) for frame in self._frames]
-        columns = [
-            features.column(self.plan, aggregate, reading, merged[frame], self._texts)
-            for aggregate, (frame, reading) in zip(self.plan.aggregates, self._readings, strict=True)
-        ]
-        table = pa.Table.from_arrays(columns, names=[aggregate.name for aggregate in self.plan.aggregates])
-        return Emission(self._keys.entities(ids, self.plan.entity_type), moments_us, table)
+    def _note(self, ids: Ints, moments_us: Ints) -> None:
+        if len(ids):
+            self._due_us[ids] = NEVER_US
+            self._changed[ids] = True
+            self._marked.append(self._read(ids, moments_us))
+
+    def _read(self, ids: Ints, moments_us: Ints) -> _Marked:
+        return _Marked(ids, moments_us, [frame.merge(ids, moments_us, self._due_us) for frame in self._frames])
 
     def _refusals(self, offsets: Ints, kind: RejectKind, rows: Bools, times: Ints, than: Ints) -> list[Reject]:
         reasons = {"dead": "is from the future: the clock says", "late": "is late: its windows had closed at watermark"}
@@ -314,9 +338,9 @@ class Partition:
         ]
 
     def _forget(self) -> None:
-        """Renumbers the entities that still matter, once more than half of many do not."""
+        """Renumbers the entities that still matter, once more than half of many do not, and no number waits."""
         known = len(self._keys)
-        if known < _FEW_KEYS:
+        if known < _FEW_KEYS or self._marked:
             return
         gone = self._due_us[:known] == NEVER_US
         for frame in self._frames:
@@ -403,16 +427,6 @@ class Partition:
         for frame in self._frames:
             frame.restore(ids, [next(rest) for _ in frame.state(slice(0, 0))])
         self._told_keys = len(self._keys)
-
-
-def _joined(emissions: list[Emission]) -> Emission:
-    if len(emissions) == 1:
-        return emissions[0]
-    return Emission(
-        pa.concat_arrays([emission.entities for emission in emissions]),
-        np.concatenate([emission.event_time_us for emission in emissions]),
-        pa.concat_tables([emission.features for emission in emissions]).combine_chunks(),
-    )
 
 
 def _from_offset(batch: RecordBatch, offset: int) -> RecordBatch:

@@ -79,8 +79,8 @@ class Reject(NamedTuple):
 class Emission(NamedTuple):
     """Features of entities at moments of event time.
 
-    Fresh ones stand at the clock and name each entity once. Final ones stand at the ends of windows: an entity that
-    has passed several is there several times, in rising order of time.
+    Fresh ones stand at the clock, final ones at the ends of windows. An entity can be there several times, in rising
+    order of time.
 
     Attributes:
         entities: string or int64 [N].

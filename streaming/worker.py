@@ -191,7 +191,8 @@ class Worker:
         self._refused = []
         for held in self._held.values():
             if held.dirty:
-                self._emit(held)
+                held.dirty = False
+                self._keep(held, held.partition.emit())
         if self._unflushed:
             self._online.write(self._unflushed)
             self._unflushed = []
@@ -312,19 +313,22 @@ class Worker:
         if self._keys is not None:
             self._keys.look(batch)
         held = self._held[batch.partition]
-        last = int(batch.offsets[-1])
+        last, marked = int(batch.offsets[-1]), False
         try:
             for refused in self._pieces(held, batch):
                 self._refused.extend(refused)
                 held.dirty = True
                 if held.partition.next_offset <= last:  # the rest of the batch lies in another pane
-                    self._emit(held)
+                    held.partition.mark()
+                    marked = True
         except SpoiledError as error:
             if held.suspect_until >= last:
                 raise
             log.error("going back to the last checkpoint", extra=self._about(batch.partition) | {"error": str(error)})
             self._spoiled[batch.partition], held.dirty = last, False
             return
+        if marked:
+            self._keep(held, held.partition.take())
         held.last_record_s = self._monotonic_s()
         self._cadence.read(len(batch.offsets))
         self.measures.read(batch)
@@ -363,9 +367,7 @@ class Worker:
         """Where entities have clocks of their own, some are idle also while others have events."""
         return held.ticked_s if self.plan.clocks == "key" else max(held.ticked_s, held.last_record_s)
 
-    def _emit(self, held: Held) -> None:
-        emission = held.partition.emit()
-        held.dirty = False
+    def _keep(self, held: Held, emission: Emission) -> None:
         if len(emission.entities):
             self._unflushed.append(emission)
             held.rows.append((emission, self._wall_us()))
