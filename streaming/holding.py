@@ -82,6 +82,7 @@ class Held:
             "late": counters.late,
             "lost": lost,
             "keys": counters.keys,
+            "panes": partition.panes,
             "drifts": partition.learning[1],
             "state_bytes": partition.state_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from streaming import features
 from streaming.decode import Columns
-from streaming.frames import frames, grain_us
+from streaming.frames import frames, grain_us, held
 from streaming.key_clocks import KeyClocks
 from streaming.keys import KeyIndex
 from streaming.plan import Plan
@@ -97,6 +97,11 @@ class Partition:
     def state_bytes(self) -> int:
         """Memory that the state takes."""
         return self._bytes_of(len(self._due_us))
+
+    @property
+    def panes(self) -> int:
+        """Panes, sessions and last events kept for the entities that hold any."""
+        return sum(held(frame, len(self._keys), self.watermark_us) for frame in self._frames)
 
     def process(self, batch: RecordBatch, now_us: int) -> list[Reject]:
         """Takes the records of all `pieces` and returns those that changed nothing, in offset order."""
