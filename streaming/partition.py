@@ -437,15 +437,6 @@ class Partition:
         self._told_keys = len(self._keys)
 
 
-def _models(plan: Plan) -> "Models | None":
-    """The models of a plan that has some; river takes seconds to import."""
-    if not plan.models:
-        return None
-    from streaming.learning import Models
-
-    return Models(plan)
-
-
 def _joined(emissions: list[Emission]) -> Emission:
     if len(emissions) == 1:
         return emissions[0]
@@ -464,3 +455,12 @@ def _from_offset(batch: RecordBatch, offset: int) -> RecordBatch:
 def _iso(time_us: int) -> str:
     """ISO 8601 in UTC, also just outside the years that datetime knows (a time of year 1 or 9999 with an offset)."""
     return f"{np.datetime64(time_us, 'us')}Z"
+
+
+def _models(plan: Plan) -> "Models | None":
+    """The models of a plan that has some; river takes seconds to import."""
+    if not plan.models:
+        return None
+    from streaming.learning import Models
+
+    return Models(plan)
