@@ -174,7 +174,9 @@ class _Drift:
             adwin.update(value)
             if adwin.drift_detected:
                 found[at] = 1.0
-                detected[at] = f"the mean of {self._name} has changed to {adwin.estimation:.6g} ({adwin.width} events)"
+                detected[at] = (
+                    f"the mean of {self._name} has changed to {adwin.estimation:.6g} ({int(adwin.width)} events)"
+                )
         self.detections += len(detected)
         return found, detected
 
