@@ -11,6 +11,7 @@ from feast import FeatureStore, FileSource, RepoConfig
 
 from streaming.changelog import ChangelogSink, Published
 from streaming.checkpoint import CheckpointStore
+from streaming.control import DriftLog
 from streaming.group import GroupMember
 from streaming.holding import Online
 from streaming.logs import log_to_stderr
@@ -141,6 +142,7 @@ def open_worker(store: FeatureStore, assignment: Assignment, settings: Settings)
         offline=open_offline_log(store, plan, home),
         rejects=RejectLog(plan.bootstrap_servers, plan.topic, plan.view),
         checkpoints=CheckpointStore(checkpoint_uri(home)),
+        drifts=DriftLog(plan.bootstrap_servers, plan.view) if plan.models else None,
         ticking=not settings.until_caught_up,
         keyed=assignment.keyed,
         shared=settings.by_group,

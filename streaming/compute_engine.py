@@ -292,6 +292,11 @@ def _plan(view: Any, join_key: str, source: Mapping[str, pa.DataType]) -> Plan:
         )
     key_type: EntityType = "int64" if pa.types.is_integer(source[join_key]) else "string"
     plan = compile_view(stream, join_key, key_type)
+    if plan.models:
+        raise PlanError(
+            f"View '{view.name}' has models, which follow the events of a partition in the order of their offsets; a"
+            " batch source has none: compute it by ray_jobs/backfill_features.py over the topic."
+        )
     plan = dataclasses.replace(
         plan, emission="final", delay_us=0, lateness_us=0, clocks="partition", idle_ttl_us=0, future_us=FAR_US
     )

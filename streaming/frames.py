@@ -17,6 +17,7 @@ class Frame(Protocol):
     """Windows of one shape over all entities: `PaneRing`, `Sessions` or `LastEvents`."""
 
     readings: tuple[Reading, ...]
+    _size: int
 
     @property
     def incremental(self) -> bool: ...  # noqa: D102
@@ -55,6 +56,11 @@ def frames(plan: Plan) -> tuple[list[Frame], list[tuple[int, Reading]]]:
         for (_, aggregate), reading in zip(group, frames[-1].readings, strict=True):
             found[aggregate.name] = (len(frames) - 1, reading)
     return frames, [found[aggregate.name] for aggregate in plan.aggregates]
+
+
+def held(frame: Frame, keys: int, mark_us: int) -> int:
+    """Panes, sessions or last events kept for those of the first `keys` entities that hold any from a watermark on."""
+    return frame._size * int(keys - frame.empty(keys, mark_us).sum())
 
 
 def grain_us(aggregate: Aggregate) -> int:

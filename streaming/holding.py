@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from streaming.partition import Partition
-from streaming.records import Emission, RecordBatch, Reject
+from streaming.records import Drift, Emission, RecordBatch, Reject
 
 DATED_US = (-60_000_000_000_000_000, 250_000_000_000_000_000)
 
@@ -38,6 +38,13 @@ class Rejects(Protocol):
     """What a worker needs of a reject log (`rejects.RejectLog`)."""
 
     def write(self, rejects: list[Reject]) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+class Drifts(Protocol):
+    """What a worker needs of a drift log (`control.DriftLog`)."""
+
+    def write(self, drifts: list[Drift]) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
 
@@ -75,6 +82,8 @@ class Held:
             "late": counters.late,
             "lost": lost,
             "keys": counters.keys,
+            "panes": partition.panes,
+            "drifts": partition.learning[1],
             "state_bytes": partition.state_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
             "checkpoint_age_s": round(now_s - self.saved_s, 3),

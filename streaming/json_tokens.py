@@ -10,6 +10,7 @@ Grammar: RFC 8259. UTF-8: RFC 3629.
 import numpy as np
 
 from streaming.compile_kernels import kernel
+from streaming.decimals import MAX_DIGITS
 from streaming.memory import byte, first_byte, word
 from streaming.records import Bytes
 
@@ -256,7 +257,8 @@ def literal(i: int, end: int) -> int:
 def number(i: int, end: int) -> tuple[int, bool, bool, int, int, int]:
     """A number at i: the index after it (or -1), if it is an integer, negative; mantissa, its digits, exponent of ten.
 
-    The mantissa is only right up to 18 significant digits; "1e5" is no integer, as for `json.loads`.
+    The mantissa is the first 19 significant digits as the bits of a uint64, so it is right as it stands up to 18;
+    "1e5" is no integer, as for `json.loads`.
     """
     start = i
     negative = byte(i) == MINUS
@@ -266,9 +268,9 @@ def number(i: int, end: int) -> tuple[int, bool, bool, int, int, int]:
     integer = True
     first = i
     while i < end and 48 <= byte(i) <= 57:
-        if mantissa > 0 or byte(i) != 48:
+        if mantissa != 0 or byte(i) != 48:
             digits += 1
-        if digits <= 18:
+        if digits <= MAX_DIGITS:
             mantissa = mantissa * 10 + (byte(i) - 48)
         i += 1
     if i == first or (byte(first) == 48 and i > first + 1):
@@ -278,9 +280,9 @@ def number(i: int, end: int) -> tuple[int, bool, bool, int, int, int]:
         i += 1
         first = i
         while i < end and 48 <= byte(i) <= 57:
-            if mantissa > 0 or byte(i) != 48:
+            if mantissa != 0 or byte(i) != 48:
                 digits += 1
-            if digits <= 18:
+            if digits <= MAX_DIGITS:
                 mantissa = mantissa * 10 + (byte(i) - 48)
             i += 1
         exponent = first - i

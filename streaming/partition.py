@@ -7,7 +7,7 @@ value belongs to the end of a window and is made when the watermark passes it.
 
 from collections.abc import Iterator
 from itertools import pairwise, takewhile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,17 @@ import pyarrow as pa
 from streaming import features
 from streaming.cells import grown
 from streaming.decode import Columns
-from streaming.frames import frames, grain_us
+from streaming.frames import frames, grain_us, held
 from streaming.key_clocks import KeyClocks
 from streaming.keys import KeyIndex
 from streaming.plan import Plan
-from streaming.records import Bools, Emission, Floats, Ints, RecordBatch, Reject, RejectKind
+from streaming.records import Bools, Drift, Emission, Floats, Ints, RecordBatch, Reject, RejectKind
 from streaming.state import StateError, pack, unpack
 from streaming.transformations import Reader
 from streaming.windows import NEVER_US
+
+if TYPE_CHECKING:
+    from streaming.learning import Models
 
 _CHANGED_US = -NEVER_US
 _FEW_KEYS = 10_000
@@ -58,6 +61,7 @@ class Partition:
     Attributes:
         next_offset: The offset to read next.
         clock_us: Event time of the partition, microseconds; below zero by 146,000 years before the first event.
+        drifts: What models have detected in the piece that was taken last.
     """
 
     def __init__(self, plan: Plan, partition: int, max_state_bytes: int | None = None) -> None:
@@ -69,6 +73,8 @@ class Partition:
         self._processed = self._dead = self._late = 0
         self._last_event_clock_us = self._last_event_now_us = -NEVER_US
         self._reader = Reader(plan)
+        self._models = _models(plan)
+        self.drifts: list[Drift] = []
         self._keys = KeyIndex()
         self._texts = {at: KeyIndex() for at, column in enumerate(plan.columns) if column.role == "text"}
         self._frames, self._readings = frames(plan)
@@ -92,9 +98,19 @@ class Partition:
         return Counters(self._processed, self._dead, self._late, len(self._keys))
 
     @property
+    def learning(self) -> tuple[int, int]:
+        """How many events the models have followed, and how often they have detected drift."""
+        return (0, 0) if self._models is None else (self._models.followed, self._models.detections)
+
+    @property
     def state_bytes(self) -> int:
         """Memory that the state takes."""
         return self._bytes_of(len(self._due_us))
+
+    @property
+    def panes(self) -> int:
+        """Panes, sessions and last events kept for the entities that hold any."""
+        return sum(held(frame, len(self._keys), self.watermark_us) for frame in self._frames)
 
     def process(self, batch: RecordBatch, now_us: int) -> list[Reject]:
         """Takes the records of all `pieces` and returns those that changed nothing, in offset order."""
@@ -152,11 +168,15 @@ class Partition:
         grains = clocks // self._shortest_us
         ends = [*(np.flatnonzero(np.diff(grains)) + 1).tolist(), len(grains)]
         if self._last_event_now_us != -NEVER_US and grains[0] > self.clock_us // self._shortest_us:
+            self.drifts = []
             yield []
         for start, end in pairwise([0, *ends]):
             rows = slice(start, end)
             if self._final:
                 self._finish(int(marks[start]))
+            if self._models is not None:
+                followed = start + np.flatnonzero(seen[rows] & columns.kept[rows])
+                self.drifts = self._models.follow(columns, followed, offsets, self.partition)
             self._fill(ids[rows], columns.times[rows], marks[rows], columns.values[rows], columns.present[rows], now_us)
             if seen[rows].any():
                 self.clock_us = int(clocks[end - 1])
@@ -226,6 +246,8 @@ class Partition:
             arrays += index.state()
         for frame in self._frames:
             arrays += frame.state(known)
+        if self._models is not None:
+            arrays += self._models.state()
         self._changed[:] = False
         self._told_keys = len(self._keys)
         return pack(self._header("snapshot"), arrays)
@@ -238,6 +260,8 @@ class Partition:
         arrays: list[Any] = [*self._keys.state(self._told_keys), ids, *self._own(ids)]
         for frame in self._frames:
             arrays += frame.state(ids)
+        if self._models is not None:
+            arrays += self._models.state()
         self._changed[:] = False
         self._told_keys = len(self._keys)
         return pack(self._header("delta"), arrays)
@@ -382,7 +406,8 @@ class Partition:
     def _bytes_of(self, keys: int) -> int:
         each = 17 + sum(frame.bytes_per_key() for frame in self._frames)
         indexes = self._keys.nbytes + sum(index.nbytes for index in self._texts.values())
-        return keys * each + indexes + sum(frame.pool_bytes() for frame in self._frames)
+        models = 0 if self._models is None else self._models.nbytes
+        return keys * each + indexes + models + sum(frame.pool_bytes() for frame in self._frames)
 
     def _header(self, kind: str) -> dict[str, Any]:
         return {
@@ -393,6 +418,7 @@ class Partition:
             "clock_us": self.clock_us,
             "last_event": [self._last_event_clock_us, self._last_event_now_us],
             "counters": [self._processed, self._dead, self._late],
+            "river": self._models and self._models.version,
         }
 
     def _own(self, ids: Ints | slice) -> list[npt.NDArray[Any]]:
@@ -408,6 +434,11 @@ class Partition:
         if header["partition"] != self.partition:
             raise StateError(
                 f"{where} is that of partition {header['partition']}: the checkpoint is in the wrong place."
+            )
+        if self._models is not None and header["river"] != self._models.version:
+            raise StateError(
+                f"{where} holds models of river {header['river']} and this is river {self._models.version}:"
+                " install that version, or remove the checkpoint to start anew."
             )
 
     def _take(self, header: dict[str, Any], arrays: list[npt.NDArray[Any]]) -> None:
@@ -426,6 +457,8 @@ class Partition:
             index.extend(next(rest), next(rest))
         for frame in self._frames:
             frame.restore(ids, [next(rest) for _ in frame.state(slice(0, 0))])
+        if self._models is not None:
+            self._models.restore(rest)
         self._told_keys = len(self._keys)
 
 
@@ -437,3 +470,12 @@ def _from_offset(batch: RecordBatch, offset: int) -> RecordBatch:
 def _iso(time_us: int) -> str:
     """ISO 8601 in UTC, also just outside the years that datetime knows (a time of year 1 or 9999 with an offset)."""
     return f"{np.datetime64(time_us, 'us')}Z"
+
+
+def _models(plan: Plan) -> "Models | None":
+    """The models of a plan that has some; river takes seconds to import."""
+    if not plan.models:
+        return None
+    from streaming.learning import Models
+
+    return Models(plan)

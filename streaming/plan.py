@@ -90,6 +90,25 @@ class Aggregate:
 
 
 @dataclass(frozen=True)
+class Model:
+    """An online model that adds a column to the events, which aggregates read as they read a field.
+
+    Attributes:
+        column: What it adds, a nullable double.
+        function: Which of river's models.
+        inputs: Fields of the events; one that lacks any of them is not learned.
+        every: It learns each so many-th event of a partition, beginning with the first; the others have no value.
+        parameters: Of the model, all of them, by name.
+    """
+
+    column: str
+    function: Literal["half_space_trees", "adwin"]
+    inputs: tuple[str, ...]
+    every: int
+    parameters: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What one view computes over one topic.
 
@@ -98,7 +117,7 @@ class Plan:
         topic: Of JSON objects, read from `bootstrap_servers`.
         entity: Field that holds the entity, the view's join key.
         timestamp: Field that holds the event time.
-        columns: The fields that aggregates read, each once.
+        columns: The fields that aggregates and models read, each once, then what the models add, in their order.
         aggregates: In the order of the view; the slide of each divides its window.
         delay_us: How far the watermark stays behind the clock.
         future_us: Events further ahead of the wall clock than this are refused.
@@ -108,6 +127,7 @@ class Plan:
         source: All fields of the schema but entity and timestamp, strings as text, where there is a transformation.
         transformation: A function of a `pyarrow.RecordBatch` of these, before its columns are read; None: none.
         transformation_text: What it is, so that a changed one starts the state anew.
+        models: Learn from the events, transformed ones where there is a transformation, before they are aggregated.
         changelog: Topic to which changed features are published; none where empty.
         idle_ttl_us: An entity without events for longer is forgotten; 0 keeps lifetime and count windows for ever.
     """
@@ -130,6 +150,7 @@ class Plan:
     source: tuple[Column, ...] = ()
     transformation: Callable[..., Any] | None = None
     transformation_text: str = ""
+    models: tuple[Model, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -139,7 +160,14 @@ class Plan:
             del what[name]
         for aggregate in what["aggregates"]:
             del aggregate["name"]
+        if not self.models:
+            del what["models"]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def fields(self) -> tuple[Column, ...]:
+        """The columns that events bring, without those that models add."""
+        return self.columns[: len(self.columns) - len(self.models)]
 
     def column_of(self, aggregate: Aggregate) -> int:
         """The number of the column that an aggregate reads."""

@@ -107,7 +107,7 @@ def poisonous(partition: Partition, batch: RecordBatch, now_us: int) -> dict[int
 
 
 def _figures(partition: Partition) -> tuple[object, ...]:
-    return partition.next_offset, partition.clock_us, partition.counters
+    return partition.next_offset, partition.clock_us, partition.counters, partition.learning
 
 
 def _reason(error: Exception) -> str:

@@ -76,6 +76,24 @@ class Reject(NamedTuple):
     value: bytes | None
 
 
+class Drift(NamedTuple):
+    """A model has found that its input is not what it was.
+
+    Attributes:
+        column: That the model adds to the events.
+        partition: Kafka partition.
+        offset: Of the event at which it was found.
+        time_us: Event time of that event.
+        reason: In words.
+    """
+
+    column: str
+    partition: int
+    offset: int
+    time_us: int
+    reason: str
+
+
 class Emission(NamedTuple):
     """Features of entities at moments of event time.
 

@@ -1,15 +1,16 @@
 """The JSON scanner: one pass over the bytes of each value, reading only the fields that a plan needs.
 
-It accepts a record only where it is certain to read what `json.loads` would; everything else (numbers that need more
-than the fast exact path, wrong types, broken JSON) it refers to the plain reader in `decode`, which either reads the
-record or says what is wrong with it. So it is fast on good records and never clever on bad ones.
+It accepts a record only where it is certain to read what `json.loads` would; everything else (wrong types, broken JSON,
+numbers out of range or too close to half-way between two doubles) it refers to the plain reader in `decode`, which
+either reads the record or says what is wrong with it. So it is fast on good records and never clever on bad ones.
 
-Fast exact floats: Clinger, "How to read floating point numbers accurately" (1990).
+Fast exact floats: Clinger, "How to read floating point numbers accurately" (1990); the others in `decimals`.
 """
 
 import numpy as np
 
 from streaming.compile_kernels import kernel
+from streaming.decimals import nearest
 from streaming.json_tokens import (
     CLOSE_OBJECT,
     COLON,
@@ -217,17 +218,22 @@ def _read_number(i: int, end: int, kind: int, lowest: int, highest: int) -> tupl
     if c != MINUS and not 48 <= c <= 57:
         return FAILED, 0.0
     i, integer, negative, mantissa, digits, exponent = number(i, end)
-    if i < 0 or digits > 18:
+    if i < 0:
         return FAILED, 0.0
-    if integer:
+    if integer and digits <= 18:
         value = -mantissa if negative else mantissa
         if kind == INTEGER and not lowest <= value <= highest:
             return FAILED, 0.0
         return i, float(value)
-    if kind == INTEGER or mantissa > _EXACT_MANTISSA or not -22 <= exponent <= 22:
+    if kind == INTEGER:
         return FAILED, 0.0
-    real = float(mantissa)
-    real = real / _POWERS_OF_TEN[-exponent] if exponent < 0 else real * _POWERS_OF_TEN[exponent]
+    if 0 <= mantissa <= _EXACT_MANTISSA and -22 <= exponent <= 22:
+        real = float(mantissa)
+        real = real / _POWERS_OF_TEN[-exponent] if exponent < 0 else real * _POWERS_OF_TEN[exponent]
+    else:
+        real = nearest(mantissa, digits, exponent) if mantissa != 0 else 0.0
+        if not np.isfinite(real):
+            return FAILED, 0.0
     return i, -real if negative else real
 
 

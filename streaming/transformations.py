@@ -116,19 +116,26 @@ def output_types(function: Function, fields: dict[str, pa.DataType]) -> dict[str
 class Reader:
     """Reads records and Arrow tables as the columns of a plan, through its transformation where it has one.
 
+    The columns of models hold nothing yet.
+
     Attributes:
         source: The plan whose columns the input must have.
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._plan, self._function = plan, plan.transformation
-        self.source = plan if plan.transformation is None else replace(plan, columns=plan.source, transformation=None)
+        self._added = len(plan.models)
+        self._plan = replace(plan, columns=plan.fields, models=())
+        self._function = plan.transformation
+        self.source = self._plan
+        if plan.transformation is not None:
+            self.source = replace(self._plan, columns=plan.source, transformation=None)
         self._decoder = Decoder(self.source)
 
     def decode(self, batch: RecordBatch) -> tuple[Columns, list[Reject]]:
         """The columns of a batch, and its unreadable records in offset order, each with its reason."""
         columns, rejects = self._decoder.decode(batch)
         columns, refused = self._apply(columns, batch.partition, batch.offsets)
+        columns = self._widened(columns)
         if not refused:
             return columns, rejects
         rows = np.searchsorted(batch.offsets, [reject.offset for reject in refused]).tolist()
@@ -142,7 +149,15 @@ class Reader:
         """The columns of N rows of a schema that was checked for `source`, and the refused rows in offset order."""
         columns, rejects = arrow_columns.columns(self.source, batch, partition, offsets)
         columns, refused = self._apply(columns, partition, offsets)
-        return columns, sorted([*rejects, *refused], key=lambda reject: reject.offset)
+        return self._widened(columns), sorted([*rejects, *refused], key=lambda reject: reject.offset)
+
+    def _widened(self, columns: Columns) -> Columns:
+        if not self._added:
+            return columns
+        nothing = np.zeros((len(columns.times), self._added))
+        return columns._replace(
+            values=np.hstack([columns.values, nothing]), present=np.hstack([columns.present, nothing.astype(np.bool_)])
+        )
 
     def _apply(self, columns: Columns, partition: int, offsets: Ints) -> tuple[Columns, list[Reject]]:
         if self._function is None:

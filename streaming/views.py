@@ -11,7 +11,20 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from streaming.plan import FUNCTIONS, TEXTUAL, Aggregate, Column, ColumnType, EntityType, Plan, PlanError, Role, role
+from streaming.model_tags import PREFIX, models
+from streaming.plan import (
+    FUNCTIONS,
+    TEXTUAL,
+    Aggregate,
+    Column,
+    ColumnType,
+    EntityType,
+    Model,
+    Plan,
+    PlanError,
+    Role,
+    role,
+)
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -37,6 +50,7 @@ _MAX_SESSIONS = 1_000
 _FEAST_HOP_SIZE = timedelta(minutes=5)
 _ENTITY_TYPES: dict[str, EntityType] = {"STRING": "string", "INT64": "int64", "INT32": "int64"}
 _INTEGERS = {"tinyint", "smallint", "int", "bigint"}
+_NUMBERS = _INTEGERS | {"float", "double", "boolean"}
 
 
 def plans(
@@ -100,6 +114,7 @@ def compile_view(view: "StreamFeatureView", join_key: str, entity_type: EntityTy
     if transformation is not None:
         schema = _transformed(where, view, fields, transformation, (join_key, timestamp), entity_type)
     aggregates = _aggregates(where, view, tags)
+    declared = models(where, tags)
     plan = Plan(
         view=view.name,
         topic=source.kafka_options.topic,
@@ -107,7 +122,7 @@ def compile_view(view: "StreamFeatureView", join_key: str, entity_type: EntityTy
         entity=join_key,
         entity_type=entity_type,
         timestamp=timestamp,
-        columns=_columns(where, schema, aggregates, {join_key, timestamp}),
+        columns=_columns(where, schema, aggregates, declared, {join_key, timestamp}),
         aggregates=aggregates,
         delay_us=_us(source.kafka_options.watermark_delay_threshold or timedelta()),
         emission=_choice(where, tags, "emission", ("fresh", "final")),
@@ -118,6 +133,7 @@ def compile_view(view: "StreamFeatureView", join_key: str, entity_type: EntityTy
         source=_source(fields, {join_key, timestamp}) if transformation is not None else (),
         transformation=transformation,
         transformation_text=text,
+        models=declared,
     )
     check_together(where, plan)
     return plan
@@ -130,8 +146,8 @@ def _tags(where: str, view: "StreamFeatureView") -> dict[str, str]:
     for name in tags:
         known = {"emission", "allowed_lateness", "clocks", "idle_ttl", "transformation", "changelog"}
         known |= {f"window.{feature}" for feature in features}
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
+        if name not in known and not name.startswith(PREFIX):
+            near = difflib.get_close_matches(name, sorted({*known, f"{PREFIX}COLUMN"}), n=1, cutoff=0.0)[0]
             raise PlanError(f"{where}: there is no tag '{_TAG}{name}'; did you mean '{_TAG}{near}'?")
     return tags
 
@@ -282,9 +298,24 @@ def _tagged(where: str, aggregate: Aggregate, text: str) -> Aggregate:
 
 
 def _columns(
-    where: str, schema: dict[str, tuple[str, bool]], aggregates: tuple[Aggregate, ...], keys: set[str]
+    where: str,
+    schema: dict[str, tuple[str, bool]],
+    aggregates: tuple[Aggregate, ...],
+    models: tuple[Model, ...],
+    keys: set[str],
 ) -> tuple[Column, ...]:
     columns: dict[tuple[str, Role], Column] = {}
+    for model in models:
+        what = f"{where}: the model of the column '{model.column}'"
+        if model.column in schema:
+            raise PlanError(f"{what} would hide the field of that name: give its tag another name.")
+        for name in model.inputs:
+            if name in keys:
+                raise PlanError(f"{what} cannot learn from '{name}', the entity or the timestamp.")
+            _check_type(where, schema, name, f"input of '{model.column}'", _NUMBERS)
+            columns[name, "number"] = Column(name, cast(ColumnType, schema[name][0]), schema[name][1])
+    added = {model.column: Column(model.column, "double", nullable=True) for model in models}
+    schema = schema | {name: ("double", True) for name in added}
     for aggregate in aggregates:
         name = aggregate.column
         if name in keys:
@@ -298,7 +329,7 @@ def _columns(
         column_type = cast(ColumnType, declared)
         needed = role(aggregate.function, column_type)
         columns[name, needed] = Column(aggregate.column, column_type, nullable, needed)
-    return tuple(columns.values())
+    return (*(column for (name, _), column in columns.items() if name not in added), *added.values())
 
 
 def _check_type(where: str, schema: dict[str, tuple[str, bool]], name: str, role: str, allowed: set[str]) -> None:

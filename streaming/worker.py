@@ -1,11 +1,12 @@
 """One view over some partitions: poll, process, emit, write, checkpoint.
 
-The order of every flush is what makes a crash at any point harmless. Rejects first (idempotent by partition and
-offset), then the online store (keeps the newer event time), then the offline part (named by its offsets, removed when
-it goes beyond the checkpoint), then the checkpoint (state and offset in one file), then the commit (advisory). What a
-crash loses is computed again from the checkpoint by the same kernel over the same records, so it ends the same.
-The loop writes the first two; it captures the state as bytes about once a second, after a flush, and a thread writes
-the offline part and the checkpoint from these while the loop goes on (`saving.Saver`).
+The order of every flush is what makes a crash at any point harmless. Rejects first and what models detected (idempotent
+by partition and offset), then the online store (keeps the newer event time), then the offline part (named by its
+offsets, removed when it goes beyond the checkpoint), then the checkpoint (state and offset in one file), then the
+commit (advisory). What a crash loses is computed again from the checkpoint by the same kernel over the same records, so
+it ends the same.
+The loop writes all before the offline part; it captures the state as bytes about once a second, after a flush, and a
+thread writes the offline part and the checkpoint from these while the loop goes on (`saving.Saver`).
 """
 
 import logging
@@ -20,14 +21,14 @@ from kafka.errors import KafkaError
 
 from streaming.cadence import Cadence
 from streaming.checkpoint import CheckpointStore
-from streaming.holding import Held, Online, Rejects, Source
+from streaming.holding import Drifts, Held, Online, Rejects, Source
 from streaming.keyed import KeyCheck
 from streaming.metrics import Measures
 from streaming.offline import OfflineLog
 from streaming.partition import Partition
 from streaming.plan import Plan
 from streaming.poison import SpoiledError, feed, poisonous, without
-from streaming.records import Emission, RecordBatch, Reject
+from streaming.records import Drift, Emission, RecordBatch, Reject
 from streaming.saving import Captured, Saved, Saver
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Worker:
         offline: where every row goes.
         rejects: where refused records go.
         checkpoints: where state goes.
+        drifts: where detections of drift are published.
         ticking: let the clock of idle partitions advance with the wall clock; off for a run that ends when caught up,
             so that its outcome depends on the records only.
         keyed: refuse records whose key is not the entity (needed where the topic has several partitions).
@@ -80,6 +82,7 @@ class Worker:
         offline: OfflineLog,
         rejects: Rejects,
         checkpoints: CheckpointStore,
+        drifts: Drifts | None = None,
         ticking: bool = True,
         keyed: bool = False,
         shared: bool = False,
@@ -93,7 +96,7 @@ class Worker:
         self.stream = stream_name(plan)
         self.measures = Measures()
         self._source, self._online, self._offline = source, online, offline
-        self._rejects, self._checkpoints = rejects, checkpoints
+        self._rejects, self._drifts, self._checkpoints = rejects, drifts, checkpoints
         self._ticking, self._shared = ticking, shared
         self._keys = KeyCheck(plan) if keyed else None
         self._max_state_bytes = max_state_bytes
@@ -113,6 +116,7 @@ class Worker:
         self._spoiled: dict[int, int] = {}
         self._unflushed: list[Emission] = []
         self._refused: list[Reject] = []
+        self._drifted: list[Drift] = []
         self._new_rows = self._captured_rows = 0
         self._next_status_s = self._next_save_s = 0.0
         self._save_pause_s = BACKOFF_S[0]
@@ -185,10 +189,13 @@ class Worker:
         return sum(len(batch.offsets) for batch in batches)
 
     def flush(self) -> None:
-        """Write the rejects and the newest online values; what fails is kept for the next try."""
+        """Write rejects, drifts and the newest online values; what fails is kept for the next try."""
         began_s = self._monotonic_s()
         self._rejects.write(self._refused)
         self._refused = []
+        if self._drifts is not None:
+            self._drifts.write(self._drifted)
+        self._drifted = []
         for held in self._held.values():
             if held.dirty:
                 held.dirty = False
@@ -260,6 +267,8 @@ class Worker:
         """Leave the broker."""
         self._executor.shutdown(wait=False)
         self._rejects.close()
+        if self._drifts is not None:
+            self._drifts.close()
         self._source.close()
 
     def _reassign(self, wanted: Mapping[int, int], discard: bool = False) -> None:
@@ -317,6 +326,7 @@ class Worker:
         try:
             for refused in self._pieces(held, batch):
                 self._refused.extend(refused)
+                self._detected(held)
                 held.dirty = True
                 if held.partition.next_offset <= last:  # the rest of the batch lies in another pane
                     held.partition.mark()
@@ -332,6 +342,11 @@ class Worker:
         held.last_record_s = self._monotonic_s()
         self._cadence.read(len(batch.offsets))
         self.measures.read(batch)
+
+    def _detected(self, held: Held) -> None:
+        for drift in held.partition.drifts:
+            log.warning("drift detected", extra=self._about(drift.partition) | drift._asdict())
+            self._drifted.append(drift)
 
     def _pieces(self, held: Held, batch: RecordBatch) -> Iterator[list[Reject]]:
         now_us = self._wall_us()

@@ -12,7 +12,8 @@ from kafka.errors import KafkaError
 from ops.ports import free_ports
 from streaming import changelog
 from streaming.changelog import ChangelogSink, records
-from streaming.records import Emission
+from streaming.control import DriftLog
+from streaming.records import Drift, Emission
 
 AT_US = 1_700_000_000_000_001
 
@@ -54,6 +55,17 @@ def test_each_flush_publishes_the_newest_row_of_each_entity(kafka, monkeypatch):
     (configs,) = admin.describe_configs([ConfigResource("topic", "activity.features")])["topic"].values()
     admin.close()
     assert configs["cleanup.policy"]["value"] == "compact"
+
+
+def test_drifts_reach_the_topic_control(kafka):
+    drifts = DriftLog(kafka, "activity")
+    drifts.write([])
+    drifts.write([Drift("drift", 1, 41, AT_US, "the mean of added has changed to 3 (40 events)")])
+    drifts.close()
+    ((key, event),) = consumed(kafka, "control", 1)
+    assert key == event["model"] == "activity.drift"
+    assert (event["action"], event["partition"], event["offset"]) == ("drift", 1, 41)
+    assert event["time"] == "2023-11-14T22:13:20.000001Z"
 
 
 def test_a_broker_that_is_away_is_an_error_to_try_again(monkeypatch):

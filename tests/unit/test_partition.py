@@ -356,3 +356,23 @@ def test_pieces_end_where_the_clock_enters_another_pane_so_every_pane_can_be_log
         emission = partition.emit()
         logged.append((partition.next_offset, [one.offset for one in rejects], emission.event_time_us.max() // 1000))
     assert logged == [(2, [], 2), (4, [3], slide + 1), (6, [], 5 * slide)]
+
+
+def test_panes_are_counted_for_the_entities_that_hold_any():
+    shapes = {
+        "sliding": {"window_us": 50_000, "slide_us": 10_000},
+        "session": {"window_us": 30_000},
+        "last": {"size": 7},
+        "lifetime": {},
+    }
+    slots = {"sliding": 5, "session": 4, "last": 7, "lifetime": 1}
+    for kind, shape in shapes.items():
+        what = plan((Aggregate("sum", "x", "sum", kind=kind, **shape),), delay_ms=0)
+        partition = Partition(what, 0)
+        assert partition.panes == 0
+        values = [event("ann", 1_000), event("bob", 1_000), event("cyd", 1_020)]
+        partition.process(batch(values), NOW_MS * 1000)
+        assert partition.panes == 3 * slots[kind], kind
+        partition.process(batch([event("cyd", 1_200)], first=3), NOW_MS * 1000)
+        assert partition.panes == (1 if kind in ("sliding", "session") else 3) * slots[kind], kind
+        assert Partition.restore(what, 0, partition.snapshot()).panes == partition.panes

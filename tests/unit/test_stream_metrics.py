@@ -52,7 +52,8 @@ def test_every_figure_is_served_by_view_and_partition():
     measures = Measures()
     measures.read(batch([1_000]))
     measures.flushed(0.02, now_us=1_100_000)
-    status = {"a view": {0: {"lag": 7, "processed": 5, "watermark_s": None}, 1: {"lag": 0, "processed": 2}}}
+    first = {"lag": 7, "processed": 5, "watermark_s": None, "panes": 30, "drifts": 1}
+    status = {"a view": {0: first, 1: {"lag": 0, "processed": 2}}}
     metrics = StreamMetrics(lambda: status, lambda: {"a view": measures})
     registry = CollectorRegistry()
     registry.register(metrics)
@@ -70,5 +71,6 @@ def test_every_figure_is_served_by_view_and_partition():
     }
     assert found["millrace_stream_lag_records", "0"] == 7
     assert found["millrace_stream_processed_total", "1"] == 2
+    assert (found["millrace_stream_panes", "0"], found["millrace_stream_drifts_total", "0"]) == (30, 1)
     assert ("millrace_stream_watermark_seconds", "0") not in found
     assert found["millrace_stream_flush_milliseconds_count", None] == 1
