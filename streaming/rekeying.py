@@ -50,22 +50,20 @@ class Rekeying:
         buffer.flags.writeable = False  # one type, so that the kernel is compiled once wherever the bytes come from
         find_texts(buffer, np.ascontiguousarray(batch.values), self._name, spans)
         data = buffer.tobytes()
-        keys: list[bytes] = []
-        values: list[bytes] = []
+        keys = [data[start:end] for start, end in zip(spans[:, 0].tolist(), spans[:, 1].tolist(), strict=True)]
+        values = [data[a:b] for a, b in zip(batch.values[:, 0].tolist(), batch.values[:, 1].tolist(), strict=True)]
         rejects: list[tuple[int, Reject]] = []
-        ends = zip(spans.tolist(), batch.values.tolist(), strict=True)
-        for row, ((start, end), (first, last)) in enumerate(ends):
-            if start >= 0:
-                keys.append(data[start:end])
-            else:
-                value = batch.value(row)
-                try:
-                    keys.append(self._read(value))
-                except RecordError as error:
-                    at = int(batch.offsets[row])
-                    rejects.append((side, Reject("dead", batch.partition, at, str(error), batch.key(row), value)))
-                    continue
-            values.append(data[first:last])
+        refused: set[int] = set()
+        for row in np.flatnonzero(spans[:, 0] < 0).tolist():
+            value = batch.value(row)
+            try:
+                keys[row] = self._read(value)
+            except RecordError as error:
+                at = int(batch.offsets[row])
+                rejects.append((side, Reject("dead", batch.partition, at, str(error), batch.key(row), value)))
+                refused.add(row)
+        if refused:
+            keys, values = ([one for row, one in enumerate(each) if row not in refused] for each in (keys, values))
         return Derived(keys, values, rejects)
 
     def tick(self, now_us: int) -> Derived:
