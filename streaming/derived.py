@@ -40,14 +40,17 @@ class Operator(Protocol):
     """Derives the records of one partition; its state is all that it was given, so a copy goes on from a snapshot.
 
     An OSError of `process` says that something it looks up is away: it has then changed nothing, and is called again.
-
-    Attributes:
-        clocks_us: greatest event time of each side.
-        buffered_bytes: memory held by what waits.
     """
 
-    clocks_us: tuple[int, ...]
-    buffered_bytes: int
+    @property
+    def clocks_us(self) -> tuple[int, ...]:
+        """The greatest event time of each side."""
+        ...
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Memory held by what waits."""
+        ...
 
     def process(self, side: int, batch: RecordBatch, now_us: int) -> Derived:
         """Take records of one side, 0 the left and 1 the right, in offset order."""

@@ -269,8 +269,10 @@ class Deriver:
         self._executor.shutdown(wait=False)
         for held in self._held.values():
             held.commits.close()
-        for each in (*self._rejects, *self._sources):
-            each.close()
+        for rejects in self._rejects:
+            rejects.close()
+        for source in self._sources:
+            source.close()
 
     def _reassign(self, wanted: Mapping[int, int], discard: bool = False) -> None:
         """Let the partitions go that are not wanted, and take those that are new."""
