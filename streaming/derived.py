@@ -46,15 +46,17 @@ class Operator(Protocol):
         buffered_bytes: memory held by what waits.
     """
 
-    clocks_us: tuple[int, ...]
-    buffered_bytes: int
+    @property
+    def clocks_us(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def buffered_bytes(self) -> int: ...  # noqa: D102
 
     def process(self, side: int, batch: RecordBatch, now_us: int) -> Derived:
         """Take records of one side, 0 the left and 1 the right, in offset order."""
         ...
 
-    def tick(self, now_us: int) -> Derived:
-        """Let the clock of sides that are read to their end and idle follow the wall clock."""
+    def tick(self, now_us: int, idle: Sequence[int] = (0, 1)) -> Derived:
+        """Let the clocks of these sides follow the wall clock; only of sides that are read to their end."""
         ...
 
     def drain(self) -> Derived:
