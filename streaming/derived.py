@@ -56,8 +56,8 @@ class Operator(Protocol):
         """Take records of one side, 0 the left and 1 the right, in offset order."""
         ...
 
-    def tick(self, now_us: int) -> Derived:
-        """Let the clock of sides that are read to their end and idle follow the wall clock."""
+    def tick(self, now_us: int, idle: Sequence[int] = (0, 1)) -> Derived:
+        """Let the clocks of these sides follow the wall clock; only of sides that are read to their end."""
         ...
 
     def drain(self) -> Derived:

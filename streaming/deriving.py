@@ -367,16 +367,17 @@ class Deriver:
         due = [
             (number, held)
             for number, held in self._held.items()
-            if now_s - held.ticked_s >= IDLE_S and now_s - min(held.heard_s) >= IDLE_S
+            if now_s - max(held.ticked_s, min(held.heard_s)) >= IDLE_S
         ]
         lags = [source.lag() for source in self._sources] if due else []
         for number, held in due:
             held.ticked_s = now_s
-            if all(
-                lag.get(number, 0) == 0 or now_s - heard_s < IDLE_S
-                for lag, heard_s in zip(lags, held.heard_s, strict=True)
-            ):
-                held.take(held.operator.tick(self._wall_us()))
+            idle = [
+                side
+                for side, heard_s in enumerate(held.heard_s)
+                if now_s - heard_s >= IDLE_S and lags[side].get(number, 0) == 0
+            ]
+            held.take(held.operator.tick(self._wall_us(), idle))
 
     def _drain(self) -> None:
         for held in self._held.values():

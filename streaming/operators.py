@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from streaming.as_of_join import AsOfJoin
+from streaming.buffered_join import BufferedJoin
 from streaming.derivation import Derivation
 from streaming.derived import Operator
+from streaming.interval_join import IntervalJoin
 from streaming.plan import PlanError
 from streaming.rekeying import Rekeying
 
@@ -21,4 +24,7 @@ def open_operator(derivation: Derivation, store: "FeatureStore") -> Callable[[in
     match derivation.kind:
         case "rekeyed":
             return lambda partition, state: Rekeying(derivation)
+        case "interval_join" | "as_of_join" as kind:
+            join: type[BufferedJoin] = IntervalJoin if kind == "interval_join" else AsOfJoin
+            return lambda partition, state: join.restore(derivation, state) if state else join(derivation)
     raise PlanError(f"Derived topic '{derivation.name}': {derivation.kind} cannot be computed.")

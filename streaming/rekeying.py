@@ -4,6 +4,8 @@ The key is the text of a field. A kernel finds it; what it is not certain of (es
 plain reader decides.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from streaming.compile_kernels import kernel
@@ -66,7 +68,7 @@ class Rekeying:
             keys, values = ([one for row, one in enumerate(each) if row not in refused] for each in (keys, values))
         return Derived(keys, values, rejects)
 
-    def tick(self, now_us: int) -> Derived:
+    def tick(self, now_us: int, idle: Sequence[int]) -> Derived:
         """Nothing waits."""
         return Derived([], [], [])
 
