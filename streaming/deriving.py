@@ -6,27 +6,24 @@ together, so a crash anywhere loses nothing and repeats nothing for who reads wh
 """
 
 import logging
-import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
 
 from kafka.errors import KafkaError
 
+from streaming.alignment import NEVER_US, Alignment, Foreign
 from streaming.checkpoint import CheckpointStore, StaleEpochError
-from streaming.commits import Commit, Commits, Output
+from streaming.commits import Commits, Output
 from streaming.derivation import Derivation
-from streaming.derived import Derived, Operator
-from streaming.holding import DATED_US, Rejects, Source
+from streaming.derived import Operator
+from streaming.derived_partition import DerivedPartition, Waiting
+from streaming.holding import Rejects, Source
 from streaming.keyed import KeyCheck
 from streaming.metrics import Measures
-from streaming.records import RecordBatch, Reject
 from streaming.state import StateError
 from streaming.transactions import Progress
 from streaming.worker import stream_name
@@ -47,7 +44,7 @@ THREADS = 8
 RETRIED = (KafkaError, OSError)
 
 
-class Reading(Source, Protocol):
+class Reading(Source, Foreign, Protocol):
     """What deriving needs of a consumer (`wire.Consumer`)."""
 
     def hold(self, partitions: Iterable[int]) -> None: ...  # noqa: D102
@@ -56,44 +53,6 @@ class Reading(Source, Protocol):
 class _Keyed(NamedTuple):
     topic: str
     entity: str
-
-
-@dataclass
-class _Held:
-    """A partition, what was derived of it since the last commit, and the commit under way."""
-
-    operator: Operator
-    commits: Commits
-    progress: Progress
-    offsets: list[int]
-    restored: int
-    processed: int
-    dead: int
-    late: int
-    saved_s: float
-    heard_s: list[float]
-    keys: list[bytes] = field(default_factory=list)
-    values: list[bytes] = field(default_factory=list)
-    rejects: list[tuple[int, Reject]] = field(default_factory=list)
-    moved: bool = False
-    began_s: float = 0.0
-    ticked_s: float = 0.0
-    snapshot_s: float = 0.0
-    state_bytes: int | None = None
-    commit: Commit | None = None
-    running: "Future[None] | None" = None
-    retry_s: float = 0.0
-    pause_s: float = BACKOFF_S[0]
-    drained: bool = False
-
-    def take(self, derived: Derived) -> None:
-        """Add what an operator gave."""
-        self.keys += derived.keys
-        self.values += derived.values
-        self.rejects += derived.rejects
-        self.late += sum(reject.kind == "late" for _, reject in derived.rejects)
-        self.dead += sum(reject.kind == "dead" for _, reject in derived.rejects)
-        self.moved = self.moved or bool(derived.keys or derived.rejects)
 
 
 class Deriver:
@@ -142,9 +101,9 @@ class Deriver:
         self._max_state_bytes = max_state_bytes
         self._executor = executor or ThreadPoolExecutor(THREADS, thread_name_prefix="commits")
         self._wall_us, self._monotonic_s = wall_us, monotonic_s
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, DerivedPartition] = {}
         self._wanted: tuple[dict[int, int], bool] | None = None
-        self._waiting: deque[tuple[int, RecordBatch]] = deque()
+        self._alignment: Alignment | None = None
         self._on_hold: list[set[int]] = [set() for _ in sources]
         self._checks: list[KeyCheck] | None = None
         self._next_status_s = self._started_s = self._ended_s = 0.0
@@ -187,7 +146,7 @@ class Deriver:
                 self._wanted = None
         self._collect()
         read = 0
-        if sum(self._pending(held) for held in self._held.values()) <= PENDING_ROWS:
+        if sum(held.pending for held in self._held.values()) <= PENDING_ROWS:
             read = self._poll(timeout_s)
         elif timeout_s:
             wait_for([held.running for held in self._held.values() if held.running], timeout_s)
@@ -229,7 +188,7 @@ class Deriver:
         Raises:
             KafkaError: the broker did not answer.
         """
-        return not self._waiting and all(
+        return not any(held.waiting for held in self._held.values()) and all(
             source.position(number) >= end for source in self._sources for number, end in source.end_offsets().items()
         )
 
@@ -276,12 +235,14 @@ class Deriver:
 
     def _reassign(self, wanted: Mapping[int, int], discard: bool = False) -> None:
         """Let the partitions go that are not wanted, and take those that are new."""
-        if len(self._sources) > 1 and (self._keyed or any(number > 0 for number in wanted)):
-            self._checks = self._checks or [KeyCheck(_Keyed(each.topic, self.plan.on)) for each in self.plan.inputs]
+        if self._keyed or any(number > 0 for number in wanted):  # there are several partitions
+            if len(self._sources) > 1 and self._checks is None:
+                self._checks = [KeyCheck(_Keyed(each.topic, self.plan.on)) for each in self.plan.inputs]
+            if self.plan.drift_us and self._alignment is None:
+                self._alignment = Alignment(self.plan, self._sources[0], self._monotonic_s)
         leaving = self._held.keys() - wanted.keys()
         if leaving:
             if not discard:
-                self._derive()
                 self.checkpoint()
             self._let_go(leaving)
         coming = [number for number in wanted if number not in self._held]
@@ -302,20 +263,16 @@ class Deriver:
         except BaseException:
             commits.close()
             raise
-        progress = found or Progress(0, tuple(starts), fingerprint)
         now_s = self._monotonic_s()
-        self._held[number] = _Held(
+        self._held[number] = DerivedPartition(
+            self.plan,
             self._operator(number, state),
             commits,
-            progress,
+            found or Progress(0, tuple(starts), fingerprint),
             starts,
-            progress.processed,
-            progress.processed,
-            progress.dead,
-            progress.late,
-            saved_s=now_s,
-            heard_s=[now_s] * len(self._sources),
             began_s=now_s,
+            heard_s=[now_s] * len(self._sources),
+            saved_s=now_s,
         )
         log.info("partition taken", extra=self._about(number) | {"offsets": starts, "restored": found is not None})
 
@@ -323,37 +280,51 @@ class Deriver:
         for number in self._held.keys() & set(numbers):
             log.info("partition let go", extra=self._about(number))
             self._held.pop(number).commits.close()
-        self._waiting = deque((side, batch) for side, batch in self._waiting if batch.partition in self._held)
         for source in self._sources:
             source.assign(self._held)
 
     def _poll(self, timeout_s: float) -> int:
-        """Read from every side; only the last one waits, and only if nothing came."""
+        """Read from every side those partitions of which nothing waits; the last one waits, if nothing is there."""
         read = 0
-        for at, source in enumerate(self._sources):
-            last = at == len(self._sources) - 1
-            for batch in source.poll(timeout_s if last and not self._waiting else 0.0, RECORDS_A_BATCH):
-                self._waiting.append((at, batch))
+        for side, source in enumerate(self._sources):
+            last = side == len(self._sources) - 1 and not read
+            for batch in source.poll(timeout_s if last else 0.0, RECORDS_A_BATCH):
+                if self._checks is not None:
+                    self._checks[side].look(batch)
+                times_us = None
+                if self._alignment is not None and side == 0:
+                    times_us = self._alignment.times_us(batch, self._wall_us())
+                self._held[batch.partition].waiting.append(Waiting(side, batch, times_us))
                 read += len(batch.offsets)
         return read
 
     def _derive(self) -> None:
-        """Process what was read; what an operator cannot process now, because what it looks up is away, stays."""
-        while self._waiting:
-            side, batch = self._waiting[0]
-            if self._checks is not None:
-                self._checks[side].look(batch)
-            held = self._held[batch.partition]
-            held.take(held.operator.process(side, batch, self._wall_us()))
-            self._waiting.popleft()
-            held.processed += len(batch.offsets)
-            held.offsets[side] = int(batch.offsets[-1]) + 1
-            held.moved = True
-            held.heard_s[side] = self._monotonic_s()
-            self.measures.read(batch)
-            self._check_size(batch.partition, held)
+        """Process what was read, of each partition as far as it may run ahead of the others."""
+        limits: dict[int, int] = {}
+        if self._alignment is not None:
+            lag = self._sources[0].lag()
+            standings = {number: held.standing(lag.get(number, 0)) for number, held in self._held.items()}
+            known = {number: standing for number, standing in standings.items() if standing is not None}
+            limits = self._alignment.limits_us(known, [number for number, held in self._held.items() if held.waiting])
+            if not self._alignment.alone:
+                self._announce()
+        now_us, now_s = self._wall_us(), self._monotonic_s()
+        for number, held in self._held.items():
+            for batch in held.derive(limits.get(number, NEVER_US), now_us, now_s):
+                self.measures.read(batch)
+            self._check_size(number, held)
 
-    def _check_size(self, number: int, held: _Held) -> None:
+    def _announce(self) -> None:
+        """Let workers of other partitions see how far these are, also where nothing was derived of them."""
+        for number, held in self._held.items():
+            if not held.waiting:  # the end of a transaction lies between the last record and the position
+                held.offsets[0] = max(
+                    held.offsets[0], self._sources[0].position(number)
+                )
+            if held.next_us > held.progress.clock_us or held.offsets[0] > held.progress.offsets[0]:
+                held.moved = True
+
+    def _check_size(self, number: int, held: DerivedPartition) -> None:
         if self._max_state_bytes is not None and held.operator.buffered_bytes > self._max_state_bytes:
             raise StateError(
                 f"Partition {number} of the derived topic {self.plan.name!r} holds {held.operator.buffered_bytes >> 20}"
@@ -386,45 +357,30 @@ class Deriver:
                 held.take(held.operator.drain())
 
     def _hold_back(self) -> None:
-        """Read nothing of a side that is ahead in event time while the other one is behind and has more."""
-        if len(self._sources) < 2:
-            return
+        """Read nothing of a partition of which much waits, nor of a side that is ahead of one that has more to read."""
         lags = [source.lag() for source in self._sources]
         for side, source in enumerate(self._sources):
-            other = 1 - side
-            ahead = {
-                number
-                for number, held in self._held.items()
-                if held.operator.clocks_us[side] > held.operator.clocks_us[other] and lags[other].get(number, 0) > 0
-            }
+            ahead = set()
+            for number, held in self._held.items():
+                others = [at for at in range(len(self._sources)) if at != side and lags[at].get(number, 0) > 0]
+                clocks = held.operator.clocks_us
+                if any(one.side == side for one in held.waiting) or any(clocks[side] > clocks[at] for at in others):
+                    ahead.add(number)
             if ahead != self._on_hold[side]:
                 source.hold(ahead)
                 self._on_hold[side] = ahead
 
-    def _begin(self, number: int, held: _Held) -> None:
+    def _begin(self, number: int, held: DerivedPartition) -> None:
         """Write the rejects and hand the rest to a thread, unless a commit is under way."""
         if held.commit is not None:
             return
         for side, rejects in enumerate(self._rejects):
             rejects.write([reject for at, reject in held.rejects if at == side])
         held.rejects = []
-        began_s = held.began_s = self._monotonic_s()
+        began_s = self._monotonic_s()
         state = held.operator.snapshot()
-        held.snapshot_s, held.state_bytes = self._monotonic_s() - began_s, len(state) or None
-        progress = Progress(
-            number=held.progress.number + 1,
-            offsets=tuple(held.offsets),
-            fingerprint=self.plan.fingerprint,
-            stateful=bool(state),
-            processed=held.processed,
-            dead=held.dead,
-            late=held.late,
-            written=held.progress.written + len(held.keys),
-            epoch=held.commits.epoch,
-        )
-        held.commit = Commit(progress, held.keys, held.values, state)
-        held.keys, held.values, held.moved = [], [], False
-        held.running = self._executor.submit(held.commits.save, held.commit)
+        commit = held.begin(began_s, state, self._monotonic_s() - began_s)
+        held.running = self._executor.submit(held.commits.save, commit)
 
     def _collect(self) -> None:
         """See which commits have ended; those that failed are tried again after a pause."""
@@ -456,52 +412,25 @@ class Deriver:
         if lost:
             self._let_go(lost)
 
-    def _committed(self, held: _Held) -> None:
+    def _committed(self, held: DerivedPartition) -> None:
         if held.commit is None:
             return
         held.progress, held.commit, held.pause_s = held.commit.progress, None, BACKOFF_S[0]
         held.saved_s = self._ended_s = self._monotonic_s()
         self.measures.flushed(held.saved_s - held.began_s, self._wall_us())
 
-    def _pending(self, held: _Held) -> int:
-        return len(held.keys) + (len(held.commit.keys) if held.commit else 0)
-
     def _refresh_status(self) -> None:
         now_s, now_us = self._monotonic_s(), self._wall_us()
         self._next_status_s = now_s + STATUS_S
         lags = [source.lag() for source in self._sources]
-        self._status = {number: self._figures(number, held, lags, now_s, now_us) for number, held in self._held.items()}
-
-    def _figures(
-        self, number: int, held: _Held, lags: Sequence[Mapping[int, int]], now_s: float, now_us: int
-    ) -> dict[str, Any]:
-        """What there is to say of a partition: that of `holding.Held.figures`, of both sides together."""
-        lag = sum(each.get(number, 0) for each in lags)
-        clocks = held.operator.clocks_us
-        watermark_us = min(clock - each.delay_us for clock, each in zip(clocks, self.plan.inputs, strict=True))
-        timed = DATED_US[0] < watermark_us < DATED_US[1]
-        return {
-            "offset": held.progress.offsets[0],
-            "end": sum(source.position(number) for source in self._sources) + lag,
-            "lag": lag,
-            "watermark": datetime.fromtimestamp(watermark_us / 1e6, UTC).isoformat() if timed else None,
-            "watermark_s": watermark_us / 1e6 if timed else None,
-            "event_lag_s": round((now_us - clocks[0]) / 1e6, 3) if timed else None,
-            "processed": held.processed - held.dead - held.late,
-            "dead": held.dead,
-            "late": held.late,
-            "lost": sum(source.lost.get(number, 0) for source in self._sources),
-            "keys": 0,
-            "derived": held.progress.written,
-            "state_bytes": held.operator.buffered_bytes,
-            "checkpoint_bytes": held.state_bytes,
-            "checkpoint_age_s": round(now_s - held.saved_s, 3) if held.moved or held.commit else 0.0,
-            "read": held.processed - held.restored,
-            "epoch": held.commits.epoch,
-            "pid": os.getpid(),
-            "heartbeat": datetime.fromtimestamp(now_us / 1e6, UTC).isoformat(),
-            "seconds": self._ended_s - self._started_s,
-        }
+        seconds = self._ended_s - self._started_s
+        status = {}
+        for number, held in self._held.items():
+            lag = sum(each.get(number, 0) for each in lags)
+            end = sum(source.position(number) for source in self._sources) + lag
+            lost = sum(source.lost.get(number, 0) for source in self._sources)
+            status[number] = held.figures(lag, end, lost, now_us, now_s) | {"seconds": seconds}
+        self._status = status
 
     def _about(self, number: int) -> dict[str, object]:
         held = self._held.get(number)

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 TIMEOUT_MS = 20_000
 TRANSACTION_MS = 60_000
 RETRY_MS = 10
+NO_EVENT_US = -(1 << 63)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Progress:
         late: Those that came too late.
         written: Records of the derived topic.
         epoch: Of the owner that committed it.
+        clock_us: No record of the left input is still to come whose time is more than its delay below this.
     """
 
     number: int
@@ -50,6 +52,7 @@ class Progress:
     late: int = 0
     written: int = 0
     epoch: int = 0
+    clock_us: int = NO_EVENT_US
 
 
 class Transactions:
@@ -97,7 +100,7 @@ class Transactions:
             consumer.close(autocommit=False, timeout_ms=2_000)
         if not all(found):
             return None
-        return Progress(offsets=tuple(each.offset for each in found), **json.loads(found[0].metadata))
+        return progress_of(found)
 
     def write(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
         """Begin a transaction and wait until the broker has these records, each in the partition of its key.
@@ -153,6 +156,11 @@ class Transactions:
         if self._producer is None:
             raise KafkaError("the derived topic was not taken")
         return self._producer
+
+
+def progress_of(found: Sequence[OffsetAndMetadata]) -> Progress:
+    """What was committed, of the offsets of all sides."""
+    return Progress(offsets=tuple(each.offset for each in found), **json.loads(found[0].metadata))
 
 
 def group(derivation: Derivation) -> str:

@@ -147,6 +147,17 @@ class Consumer:
         """
         return {at.partition: end for at, end in self._kafka.end_offsets(list(self._kafka.assignment())).items()}
 
+    def foreign(self) -> dict[int, tuple[OffsetAndMetadata | None, int]]:
+        """What is committed of each partition that was not assigned, and its end.
+
+        Raises:
+            KafkaError: the broker did not answer in time.
+        """
+        numbers = self._kafka.partitions_for_topic(self.topic) or ()
+        others = {TopicPartition(self.topic, number) for number in numbers} - self._kafka.assignment()
+        ends = self._kafka.end_offsets(list(others)) if others else {}
+        return {at.partition: (self._kafka.committed(at, metadata=True), int(end)) for at, end in ends.items()}
+
     def commit(self, offsets: Mapping[int, int]) -> None:
         """Report offsets to Kafka without waiting; a failure is not an error, because checkpoints decide."""
         reported = {TopicPartition(self.topic, at): OffsetAndMetadata(offset, "", -1) for at, offset in offsets.items()}
