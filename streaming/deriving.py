@@ -156,8 +156,9 @@ class Deriver:
         self._hold_back()
         now_s = self._monotonic_s()
         for number, held in self._held.items():
-            pause_s = max(COMMIT_S, SNAPSHOT_SHARE * held.snapshot_s)
-            if held.moved and now_s - held.began_s >= pause_s or now_s - held.began_s >= KEEP_S:
+            pause_s = 0.0 if held.waiting else COMMIT_S  # others may wait for what is committed of this one
+            due_s = held.began_s + max(pause_s, SNAPSHOT_SHARE * held.snapshot_s)
+            if (held.moved and now_s >= due_s) or now_s - held.began_s >= KEEP_S:
                 self._begin(number, held)
         if now_s >= self._next_status_s:
             self._refresh_status()
@@ -318,9 +319,7 @@ class Deriver:
         """Let workers of other partitions see how far these are, also where nothing was derived of them."""
         for number, held in self._held.items():
             if not held.waiting:  # the end of a transaction lies between the last record and the position
-                held.offsets[0] = max(
-                    held.offsets[0], self._sources[0].position(number)
-                )
+                held.offsets[0] = max(held.offsets[0], self._sources[0].position(number))
             if held.next_us > held.progress.clock_us or held.offsets[0] > held.progress.offsets[0]:
                 held.moved = True
 

@@ -3,10 +3,14 @@
 import json
 import threading
 from concurrent.futures import Executor, Future
+from dataclasses import asdict, replace
 from itertools import count
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kafka import OffsetAndMetadata
 from kafka.errors import KafkaError
 
 from streaming.checkpoint import CheckpointStore, StaleEpochError
@@ -64,6 +68,7 @@ class Broker:
 
     def __init__(self, fails=lambda step: None):
         self.records, self.offsets, self.fences, self.fails = {}, {}, {}, fails
+        self.order = []
 
     def output(self, partition):
         return Writer(self, partition)
@@ -90,6 +95,7 @@ class Writer:
         self.broker.fails("before commit")
         self.check()
         self.broker.records.setdefault(self.partition, []).extend(self.open)
+        self.broker.order.extend(value for _, value in self.open)
         self.broker.offsets[self.partition] = progress
         self.open = None
         self.broker.fails("after commit")
@@ -105,8 +111,9 @@ class Writer:
 class Topic:
     """An input in memory, whose batches are small."""
 
-    def __init__(self, logs, batch=3):
-        self.logs, self.batch, self.at, self.held, self.lost, self.closed = logs, batch, {}, set(), {}, False
+    def __init__(self, logs, broker, batch=3):
+        self.broker, self.logs, self.batch = broker, logs, batch
+        self.at, self.held, self.lost, self.closed = {}, set(), {}, False
 
     def assign(self, partitions):
         self.at = {partition: self.at.get(partition, 0) for partition in partitions}
@@ -143,7 +150,13 @@ class Topic:
         return {partition: len(self.logs[partition]) for partition in self.at}
 
     def foreign(self):
-        return {}
+        found = {}
+        for number in self.logs.keys() - self.at.keys():
+            progress = self.broker.offsets.get(number)
+            note = progress and {name: value for name, value in asdict(progress).items() if name != "offsets"}
+            committed = progress and OffsetAndMetadata(progress.offsets[0], json.dumps(note), -1)
+            found[number] = committed, len(self.logs[number])
+        return found
 
     def commit(self, offsets):
         raise AssertionError("offsets are committed with the records")
@@ -214,7 +227,7 @@ def deriver(broker, folder, derivation=REKEYED, logs=None, operators=None, execu
     logs = logs or [{0: log(0, 20), 1: log(5, 20)}] * len(derivation.inputs)
     made = Deriver(
         derivation,
-        sources=[Topic(each) for each in logs],
+        sources=[Topic(each, broker) for each in logs],
         rejects=[Rejects() for _ in logs],
         checkpoints=CheckpointStore(str(folder)),
         operator=make,
@@ -486,3 +499,57 @@ def test_an_operator_that_holds_too_much_ends_with_a_sentence(tmp_path):
     one.start({0: 0})
     with pytest.raises(StateError, match="holds 3 MB of events that wait for others, and may hold 2"):
         one.step()
+
+
+SECOND_US = 1_000_000
+MET = replace(REKEYED, drift_us=5 * SECOND_US)
+
+
+def events(seconds: list[int], name: str) -> list[bytes]:
+    """Events at these seconds, with one that cannot be read as one with a time, and one of the far future."""
+    values = [json.dumps({"time": 1000 * second, "item": f"{name}{at}"}).encode() for at, second in enumerate(seconds)]
+    values.insert(len(values) // 2, b'{"item": "no time"}')
+    values.insert(len(values) // 3, b'{"time": 4102444800000, "item": "of 2100"}')
+    return values
+
+
+def run_together(workers: list[Deriver], turns) -> None:
+    for turn in turns:
+        workers[turn % len(workers)].step(0.0)
+    for _ in range(3_000):
+        for worker in workers:
+            worker.step(0.0)
+        if all(worker.caught_up() for worker in workers):
+            break
+    else:
+        raise AssertionError("they wait for each other for ever")
+    for worker in workers:
+        worker.checkpoint()
+
+
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    first=st.lists(st.integers(0, 30), max_size=20),
+    second=st.lists(st.integers(0, 30), max_size=20),
+    third=st.lists(st.integers(0, 30), max_size=10),
+    turns=st.lists(st.integers(0, 2), max_size=60),
+    workers=st.integers(1, 3),
+)
+def test_partitions_whose_events_meet_stay_together_whoever_reads_them(
+    tmp_path_factory, first, second, third, turns, workers
+):
+    """The gaps between events are random, so that partitions jump, end early and begin late."""
+    folder, broker = tmp_path_factory.mktemp("met"), Broker()
+    logs = [
+        {number: events(np.cumsum(gaps).tolist(), f"{number}-") for number, gaps in enumerate((first, second, third))}
+    ]
+    made = [deriver(broker, folder, MET, logs, keyed=True) for _ in range(workers)]
+    for at, worker in enumerate(made):
+        worker.start({number: 0 for number in range(3) if number % workers == at})
+    run_together(made, turns)
+    assert {number: [value for _, value in rows] for number, rows in broker.records.items() if rows} == logs[0]
+    times = [time for value in broker.order if (time := json.loads(value).get("time", 4e12)) < 4e12]
+    behind_s = [
+        (newest - time) / 1000 for time, newest in zip(times, np.maximum.accumulate(times or [0]), strict=False)
+    ]
+    assert max(behind_s, default=0) <= 5
