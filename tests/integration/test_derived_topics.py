@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -33,6 +35,7 @@ from streaming.transactions import Transactions, group
 from streaming.views import derivations, plans
 from streaming.wire import Consumer
 
+ROOT = Path(__file__).parents[2]
 START = pd.Timestamp("2024-05-01T00:00:00Z")
 MINUTE = pd.Timedelta(minutes=1)
 WINDOWS = {"10m": (10 * MINUTE, MINUTE), "1h": (60 * MINUTE, 60 * MINUTE)}
@@ -297,3 +300,186 @@ def test_a_zombie_is_fenced_and_two_workers_keep_partitions_together_in_a_replay
     for records in committed(kafka, f"{topic}-by-page", 2, len(frame)).values():
         times = pd.to_datetime([json.loads(one.value)["time"] for one in records], utc=True, format="ISO8601")
         assert (times.to_series().cummax().to_numpy() - times.to_numpy()).max() <= np.timedelta64(delay)
+
+
+FEATURES = """
+from datetime import timedelta
+
+from feast import Entity, FeatureView, Field, FileSource, KafkaSource, ValueType
+from feast.aggregation import Aggregation
+from feast.data_format import JsonFormat, ParquetFormat
+from feast.stream_feature_view import StreamFeatureView
+from feast.types import Float64, Int64, String
+
+from streaming.derived import as_of_join, feature_lookup, interval_join, rekeyed, table_lookup
+
+
+def stream(name, schema):
+    return KafkaSource(
+        name=name, topic=name, kafka_bootstrap_servers="{servers}", message_format=JsonFormat(schema_json=schema),
+        timestamp_field="time", watermark_delay_threshold=timedelta(minutes=5),
+    )
+
+
+def log(name):
+    return FileSource(name=name + "_log", path="{folder}/data/" + name + "/*.parquet", file_format=ParquetFormat(),
+                      timestamp_field="event_timestamp", created_timestamp_column="created_timestamp")
+
+
+edits = stream("edits", "seq bigint, time timestamp, user string, page string, delta bigint")
+ages = stream("ages", "time timestamp, user string, age double")
+predictions = stream("predictions", "seq bigint, id string, time timestamp, model string, score double")
+labels = stream("labels", "id string, time timestamp, label double")
+accounts = FileSource(name="accounts", path="data/accounts.parquet", timestamp_field="valid_from")
+
+by_page = rekeyed("by_page", edits, key="page", batch_source=log("pages"))
+labelled = interval_join("labelled", predictions, labels, on="id", earliest=timedelta(0), latest=timedelta(minutes=30),
+                         unmatched=True)
+by_model = rekeyed("by_model", labelled, key="model", batch_source=log("models"))
+aged = as_of_join("aged", edits, ages, on="user", tolerance=timedelta(hours=1), batch_source=log("aging"))
+described = table_lookup("described", edits, accounts, on="user", batch_source=log("described_users"))
+enriched = feature_lookup("enriched", edits, ["profile:level"], on="user", batch_source=log("enriched_users"))
+
+names = ("user", "page", "model")
+entities = {{name: Entity(name=name, join_keys=[name], value_type=ValueType.STRING) for name in names}}
+user, page, model = entities.values()
+profile = FeatureView(name="profile", entities=[user], ttl=timedelta(0), source=log("profile"),
+                      schema=[Field(name="user", dtype=String), Field(name="level", dtype=Float64)])
+
+
+def view(name, source, entity, column):
+    return StreamFeatureView(
+        name=name, entities=[entity], source=source, timestamp_field="time",
+        aggregations=[Aggregation(name=f"events", column="seq", function="count"),
+                      Aggregation(name=f"known", column=column, function="count"),
+                      Aggregation(name=f"total", column=column, function="sum")],
+        schema=[Field(name=entity.join_key, dtype=String), Field(name="events", dtype=Int64),
+                Field(name="known", dtype=Int64), Field(name="total", dtype=Float64)],
+    )
+
+
+pages = view("pages", by_page, page, "delta")
+models = view("models", by_model, model, "labels_label")
+aging = view("aging", aged, user, "ages_age")
+described_users = view("described_users", described, user, "accounts_rank")
+enriched_users = view("enriched_users", enriched, user, "profile_level")
+"""
+VIEWS = {
+    "pages": ("by_page", "page", "delta"),
+    "models": ("by_model", "model", "labels_label"),
+    "aging": ("aged", "user", "ages_age"),
+    "described_users": ("described", "user", "accounts_rank"),
+    "enriched_users": ("enriched", "user", "profile_level"),
+}
+
+
+def send(servers: str, topic: str, frame: pd.DataFrame, key: str) -> None:
+    ensure_topics(servers, {topic: 2})
+    producer = KafkaProducer(bootstrap_servers=servers, linger_ms=10)
+    for row in frame.to_dict("records"):
+        event = {name: value.isoformat() if name == "time" else value for name, value in row.items()}
+        event = {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in event.items()}
+        producer.send(topic, key=row[key].encode(), value=json.dumps(event).encode())
+    producer.flush()
+    producer.close()
+
+
+def moments(random: np.random.Generator, count: int) -> pd.Series:
+    """Distinct times of three hours, rising but for a minute."""
+    minutes = np.sort(random.uniform(0, 180, count)) + random.uniform(0, 1, count)
+    return START + pd.to_timedelta(pd.Series(minutes), unit="min").dt.floor("us")
+
+
+def inputs(seed: int) -> dict[str, pd.DataFrame]:
+    random = np.random.default_rng(seed)
+    users = np.array([f"user {n}" for n in range(12)])
+    ids = np.array([f"id {n}" for n in range(150)])
+    return {
+        "edits": pd.DataFrame(
+            {
+                "seq": range(300),
+                "time": moments(random, 300),
+                "user": random.choice(users, 300),
+                "page": [f"page {n}" for n in random.integers(0, 30, 300)],
+                "delta": random.integers(0, 100, 300),
+            }
+        ),
+        "ages": pd.DataFrame(
+            {"time": moments(random, 60), "user": random.choice(users[:10], 60), "age": random.uniform(0, 9, 60)}
+        ),
+        "predictions": pd.DataFrame(
+            {
+                "seq": range(200),
+                "id": random.choice(ids, 200),
+                "time": moments(random, 200),
+                "model": random.choice(["a", "b", "c"], 200),
+                "score": random.uniform(0, 1, 200),
+            }
+        ),
+        "labels": pd.DataFrame(
+            {"id": random.choice(ids, 220), "time": moments(random, 220), "label": random.integers(0, 2, 220) * 1.0}
+        ),
+        "accounts": pd.DataFrame(
+            {"user": random.choice(users[2:], 40), "valid_from": moments(random, 40), "rank": random.integers(1, 9, 40)}
+        ),
+        "profile": pd.DataFrame({"user": users[1:], "level": random.uniform(0, 5, 11)}),
+    }
+
+
+def pandas_joins(given: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """What each derived topic must hold: its own field `seq` of the left side, and the field that was joined."""
+    edits, predictions = given["edits"].sort_values("time"), given["predictions"]
+    pairs = predictions.merge(given["labels"].rename(columns={"time": "labels_time"}), on="id", how="left")
+    apart = pairs["labels_time"] - pairs["time"]
+    matched = pairs[(apart >= pd.Timedelta(0)) & (apart <= 30 * MINUTE)]
+    unmatched = predictions[~predictions["seq"].isin(matched["seq"])]
+    ages = given["ages"].sort_values("time")
+    accounts = given["accounts"].sort_values("valid_from").rename(columns={"valid_from": "time"})
+    return {
+        "by_page": edits,
+        "by_model": pd.concat([matched, unmatched]).rename(columns={"label": "labels_label"}),
+        "aged": pd.merge_asof(edits, ages, on="time", by="user", tolerance=60 * MINUTE).rename(
+            columns={"age": "ages_age"}
+        ),
+        "described": pd.merge_asof(edits, accounts, on="time", by="user").rename(columns={"rank": "accounts_rank"}),
+        "enriched": edits.merge(given["profile"].rename(columns={"level": "profile_level"}), on="user", how="left"),
+    }
+
+
+def rows(pairs: list) -> list:
+    return sorted((seq, -1.0 if value is None or pd.isna(value) else float(value)) for seq, value in pairs)
+
+
+def test_the_job_computes_every_kind_of_derived_topic_of_a_feature_repository(kafka, tmp_path):
+    repo, given = tmp_path / "repo", inputs(5)
+    foreign_store(repo)
+    (repo / "features.py").write_text(FEATURES.format(servers=kafka, folder=repo))
+    given["accounts"].sort_values("valid_from").to_parquet(repo / "data" / "accounts.parquet")
+    environ = os.environ | {"MILLRACE_HOME": str(tmp_path / "home"), "RAY_AUTH_TOKEN": "", "OMP_NUM_THREADS": "1"}
+    feast = Path(sys.executable).with_name("feast")
+    subprocess.run([feast, "--chdir", repo, "apply"], check=True, env=environ | {"PYTHONPATH": str(ROOT)}, timeout=120)
+    store = FeatureStore(repo_path=str(repo))
+    profile = given["profile"].assign(event_timestamp=START, created_timestamp=START)
+    store.write_to_online_store("profile", profile)
+    for topic, key in (("edits", "user"), ("ages", "user"), ("predictions", "id"), ("labels", "id")):
+        send(kafka, topic, given[topic], key)
+
+    command = [sys.executable, "ray_jobs/stream_features.py", "--repo", str(repo), "--until-caught-up"]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])["views"]
+    assert {name for name, row in counts.items() if row["dead"] or row["late"]} == set()
+    expected = pandas_joins(given)
+    assert counts["labelled"]["processed"] == 420
+    for name, (topic, entity, column) in VIEWS.items():
+        joined = expected[topic]
+        found = [json.loads(one.value) for each in committed(kafka, topic, 2, len(joined)).values() for one in each]
+        assert rows([(one["seq"], one[column]) for one in found]) == rows(joined[["seq", column]].to_numpy().tolist())
+        sums = joined.groupby(entity).agg(events=("seq", "size"), known=(column, "count"), total=(column, "sum"))
+        read = store.get_online_features(
+            features=[f"{name}:{feature}" for feature in sums.columns],
+            entity_rows=[{entity: value} for value in sums.index],
+        ).to_dict()
+        assert read["events"] == sums["events"].tolist()
+        assert read["known"] == sums["known"].tolist()
+        assert read["total"] == pytest.approx(sums["total"].tolist(), rel=1e-12)
