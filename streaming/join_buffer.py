@@ -116,7 +116,8 @@ class Side:
         if needed > len(rows):
             rows = grown(rows, max(needed, 2 * len(rows)), 0)
             heap = grown(heap, len(rows), 0) if self._waits else heap
-        spans = (arrived.keys, arrived.bodies)
+        read = arrived.ids >= 0
+        spans = (arrived.keys[read], arrived.bodies[read])
         needed = int(fill[USED]) + sum(int((each[:, 1] - each[:, 0]).sum()) for each in spans)
         if needed > len(text):
             text = grown(text, max(needed, 2 * len(text)), 0)

@@ -71,7 +71,7 @@ class LeftInput:
         text, keys = keyed.text, keyed.entities
         if self._key_type == "int64":
             text, keys = decimal_texts(text, keys, readable)
-        bodies = last_braces(read_only(batch.buffer), batch.values, readable)
+        bodies = last_braces(read_only(batch.buffer), read_only(batch.values), readable)
         return _events(columns, readable, text, keys, batch.buffer, bodies), rejects
 
 

@@ -7,7 +7,7 @@ digits and texts their escapes. The values must have been accepted by `decode`: 
 import json
 from collections.abc import Sequence
 from json.decoder import scanstring  # type: ignore[attr-defined]
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +28,14 @@ from streaming.json_tokens import (
 from streaming.memory import address, byte, copy
 from streaming.records import Bools, Bytes, Ints, RecordBatch
 
+T = TypeVar("T", bound=np.generic)
+
 _NO_FIELD = -1
 _NULL = b"null"
 
 
-def read_only(array: npt.NDArray[np.uint8]) -> Bytes:
-    """A view of one type, so that kernels are compiled once wherever the bytes come from."""
+def read_only(array: npt.NDArray[T]) -> npt.NDArray[T]:
+    """A view of one type, so that kernels are compiled once wherever the array comes from."""
     view = np.ascontiguousarray(array).view()
     view.flags.writeable = False
     return view
@@ -60,7 +62,7 @@ class Tails:
         found = np.full((count, len(self._fields), 2), _NO_FIELD, dtype=np.int64)
         hard = np.zeros(count, dtype=np.bool_)
         buffer = read_only(batch.buffer)
-        _find_fields(buffer, batch.values, wanted, self._names, self._name_starts, found, hard)
+        _find_fields(buffer, read_only(batch.values), wanted, self._names, self._name_starts, found, hard)
         for row in np.flatnonzero(hard).tolist():
             found[row] = self._find(cast(bytes, batch.value(row)), int(batch.values[row, 0]))
         lengths = np.where(found[:, :, 0] < 0, len(_NULL), found[:, :, 1] - found[:, :, 0]).sum(axis=1)

@@ -58,19 +58,18 @@ class TableLookup(Lookup):
                 f" table '{table.name}': write it in the same way."
             )
         self._table, self._on, self._repo = table, derivation.on, repo
-        self._history: _History | None = None
+        self._history: History | None = None
         self._files: Files = ()
         self._looked_us = 0
 
     def _find(self, events: Events, now_us: int) -> tuple[Bytes, Ints, Bytes]:
         history = self._newest(now_us)
-        ids = history.index.find(events.text, events.entities, events.readable)
-        spans = np.full((len(ids), 2), -1, dtype=np.int64)
-        rows = _valid_rows(ids, events.times, history.firsts, history.valid_from)
+        rows = history.valid_rows(events)
+        spans = np.full((len(rows), 2), -1, dtype=np.int64)
         spans[rows >= 0] = history.spans[rows[rows >= 0]]
         return history.text, spans, history.nulls
 
-    def _newest(self, now_us: int) -> "_History":
+    def _newest(self, now_us: int) -> "History":
         if self._history is not None and abs(now_us - self._looked_us) < LOOK_US:
             return self._history
         try:
@@ -85,7 +84,7 @@ class TableLookup(Lookup):
         return self._history
 
 
-class _History:
+class History:
     """A table in memory.
 
     Args:
@@ -93,17 +92,27 @@ class _History:
         valid_from: [R] microseconds.
         tails: [R] what follows on an event that a row is found for.
         nulls: The same where there is none.
+
+    Attributes:
+        text: Of all tails.
+        spans: [R, 2] of the tail of each row in `text`, by key and time.
+        nulls: As given.
     """
 
     def __init__(self, keys: pa.Array, valid_from: Ints, tails: list[bytes], nulls: bytes) -> None:
-        self.index = KeyIndex()
-        ids = self.index.ids(*_key_texts(keys), np.ones(len(keys), dtype=np.bool_))
+        self._index = KeyIndex()
+        ids = self._index.ids(*_key_texts(keys), np.ones(len(keys), dtype=np.bool_))
         order = np.lexsort((valid_from, ids))
         ends = np.cumsum([0, *map(len, tails)], dtype=np.int64)
-        self.firsts = np.searchsorted(ids[order], np.arange(len(self.index) + 1))
-        self.valid_from = valid_from[order]
+        self._firsts = np.searchsorted(ids[order], np.arange(len(self._index) + 1))
+        self._valid_from = valid_from[order]
         self.text, self.spans = _bytes(b"".join(tails)), np.stack([ends[:-1], ends[1:]], axis=1)[order]
         self.nulls = _bytes(nulls)
+
+    def valid_rows(self, events: Events) -> Ints:
+        """For each of N events the row of its key that was valid at its time, -1 where there is none."""
+        ids = self._index.find(events.text, events.entities, events.readable)
+        return _valid_rows(ids, events.times, self._firsts, self._valid_from)
 
 
 def _bytes(text: bytes) -> Bytes:
@@ -116,7 +125,8 @@ def _key_texts(keys: pa.Array) -> tuple[Bytes, Ints]:
         return keys.to_numpy().astype("<i8").view(np.uint8), np.stack([starts, starts + 8], axis=1)
     lengths = pc.binary_length(keys).to_numpy()
     ends = np.cumsum(lengths, dtype=np.int64)
-    return _bytes(b"".join(keys.cast(pa.large_binary()).to_pylist())), np.stack([ends - lengths, ends], axis=1)
+    text = _bytes(b"".join(keys.cast(pa.large_binary()).to_pylist())).copy()
+    return text, np.stack([ends - lengths, ends], axis=1)
 
 
 def _files(table: Table, repo: str) -> Files:
@@ -135,7 +145,7 @@ def _files(table: Table, repo: str) -> Files:
     return tuple(sorted((each.path, each.size, each.mtime_ns) for each in found))
 
 
-def _read(table: Table, on: str, repo: str, files: Files) -> _History:
+def _read(table: Table, on: str, repo: str, files: Files) -> History:
     """The rows that have a key and a time; columns are what the schema says."""
     names = list(read_schema(f"Table '{table.name}'", table.schema))
     filesystem_, _ = filesystem(table.path if "://" in table.path else repo)
@@ -150,7 +160,7 @@ def _read(table: Table, on: str, repo: str, files: Files) -> _History:
     columns = [column.to_pylist() for column in rows.columns]
     tails = [_tail(labels, values) for values in zip(*columns, strict=True)]
     valid_from = rows[table.timestamp].cast(pa.int64()).to_numpy()
-    return _History(keys, valid_from, tails, _tail(labels, (None,) * len(labels)))
+    return History(keys, valid_from, tails, _tail(labels, (None,) * len(labels)))
 
 
 def _tail(labels: list[str], values: tuple[Any, ...]) -> bytes:
