@@ -1,4 +1,4 @@
-"""Compute the stream feature views of a Feast repository from Kafka, until stopped or until caught up."""
+"""Compute the stream feature views of a Feast repository, and the derived topics that they read, from Kafka."""
 
 import argparse
 import logging
@@ -13,7 +13,7 @@ from ops.jobs import JobError, parser, ray_session, run
 from streaming.logs import log_to_stderr
 from streaming.report import write_workers
 from streaming.supervisor import Supervisor
-from streaming.views import plans
+from streaming.views import derivations, plans
 from streaming.worker import FLUSH_S
 
 
@@ -65,9 +65,10 @@ def main() -> dict[str, object]:
     logging.getLogger("streaming").info("starting", extra={"repo": str(repo), "home": str(environment.home)})
     store = FeatureStore(repo_path=str(repo))
     views = [name.strip() for name in args.views.split(",") if name.strip()] if args.views else None
+    compiled = plans(store, views)
     supervisor = Supervisor(
         store,
-        plans(store, views),
+        [*derivations(store, [plan.view for plan in compiled]), *compiled],
         home=environment.home,
         workers=args.workers,
         until_caught_up=args.until_caught_up,

@@ -63,6 +63,8 @@ class Derivation:
         key: Field of what comes out whose text keys the records.
         schema: "name type, ..." of what comes out.
         delay_us: How far the watermark of what comes out must stay behind its clock.
+        drift_us: How far apart in event time partitions of the left input may be read; 0: as far as they like, because
+            the events of each come out in a partition of their own.
         on: Field by which both sides of a join or a look-up meet.
         earliest_us: Of an interval join, the least time of the right less that of the left.
         latest_us: The greatest.
@@ -78,6 +80,7 @@ class Derivation:
     key: str
     schema: str
     delay_us: int
+    drift_us: int = 0
     on: str = ""
     earliest_us: int = 0
     latest_us: int = 0
@@ -105,7 +108,7 @@ class Derivation:
     def fingerprint(self) -> str:
         """A sha256 of everything that changes what comes out; the broker's address and the left's schema do not."""
         what = dataclasses.asdict(self)
-        del what["schema"], what["delay_us"], what["inputs"][0]["schema"]
+        del what["schema"], what["delay_us"], what["drift_us"], what["inputs"][0]["schema"]
         for each in what["inputs"]:
             del each["bootstrap_servers"], each["derivation"]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

@@ -7,6 +7,7 @@ registry holds it and a view reads it as any other source; `streaming.deriving` 
 import, so it is imported where a declaration is made or looked up, not by the workers.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from datetime import timedelta
 from glob import glob
@@ -16,6 +17,8 @@ from streaming.ddl import INTEGERS, read_schema, write_schema
 from streaming.derivation import TAG, Derivation, Input, Table
 from streaming.plan import PlanError
 from streaming.records import RecordBatch, Reject
+
+LEAST_DRIFT_US = 60_000_000
 
 if TYPE_CHECKING:
     from feast import FileSource, KafkaSource
@@ -40,16 +43,17 @@ class Operator(Protocol):
     """Derives the records of one partition; its state is all that it was given, so a copy goes on from a snapshot.
 
     An OSError of `process` says that something it looks up is away: it has then changed nothing, and is called again.
-
-    Attributes:
-        clocks_us: greatest event time of each side.
-        buffered_bytes: memory held by what waits.
     """
 
     @property
-    def clocks_us(self) -> tuple[int, ...]: ...  # noqa: D102
+    def clocks_us(self) -> tuple[int, ...]:
+        """The greatest event time of each side."""
+        ...
+
     @property
-    def buffered_bytes(self) -> int: ...  # noqa: D102
+    def buffered_bytes(self) -> int:
+        """Memory held by what waits."""
+        ...
 
     def process(self, side: int, batch: RecordBatch, now_us: int) -> Derived:
         """Take records of one side, 0 the left and 1 the right, in offset order."""
@@ -81,9 +85,8 @@ def rekeyed(name: str, source: "KafkaSource", key: str, batch_source: "DataSourc
         PlanError: says what does not fit.
     """
     left = _input(name, source)
-    return _source(
-        Derivation(name, "rekeyed", (left,), key, left.schema, left.delay_us), source.timestamp_field, batch_source
-    )
+    derivation = Derivation(name, "rekeyed", (left,), key, left.schema, left.delay_us)
+    return _source(derivation, source.timestamp_field, batch_source)
 
 
 def interval_join(
@@ -252,10 +255,16 @@ def feature_lookup(
 
 
 def _source(derivation: Derivation, timestamp: str, batch_source: "DataSource | None") -> "KafkaSource":
-    """The source that stands for a derivation, whose fields are checked first."""
+    """The source that stands for a derivation, whose fields are checked first.
+
+    Under another key, events of several partitions meet in one, so its watermark must also wait for their drift.
+    """
     from feast import KafkaSource
     from feast.data_format import JsonFormat
 
+    if derivation.key != derivation.on:
+        drift_us = max(derivation.inputs[0].delay_us, LEAST_DRIFT_US)
+        derivation = dataclasses.replace(derivation, drift_us=drift_us, delay_us=derivation.delay_us + drift_us)
     where = f"Derived topic '{derivation.name}'"
     named = [(derivation.key, derivation.schema, "what comes out")]
     if derivation.on:

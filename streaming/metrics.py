@@ -28,6 +28,7 @@ FIGURES = (
     ("processed", "counter", "processed", "Records that changed a feature"),
     ("late", "counter", "late", "Records that came after their windows had closed"),
     ("dead", "counter", "dead", "Records that could not be read or computed"),
+    ("derived", "counter", "derived", "Records of a derived topic that were committed"),
     ("lost", "counter", "lost", "Records that retention removed before they were read"),
     ("keys", "gauge", "keys", "Entities in the state"),
     ("state_bytes", "gauge", "state_bytes", "Memory held by the state"),

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 EntityType = Literal["string", "int64"]
@@ -139,6 +139,10 @@ class Plan:
         for aggregate in what["aggregates"]:
             del aggregate["name"]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def at(self, bootstrap_servers: str) -> "Plan":
+        """The same at another broker."""
+        return replace(self, bootstrap_servers=bootstrap_servers)
 
     def column_of(self, aggregate: Aggregate) -> int:
         """The number of the column that an aggregate reads."""

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from streaming.ddl import INTEGERS, read_schema
+from streaming.derivation import TAG, Derivation
 from streaming.plan import FUNCTIONS, TEXTUAL, Aggregate, Column, ColumnType, EntityType, Plan, PlanError, Role, role
 
 if TYPE_CHECKING:
@@ -51,6 +52,34 @@ def plans(store: "FeatureStore", views: Sequence[str] | None = None) -> list[Pla
             )
         compiled.append(compile_view(view, entity.join_key, _ENTITY_TYPES[entity.value_type.name]))
     return compiled
+
+
+def derivations(store: "FeatureStore", views: Sequence[str]) -> list[Derivation]:
+    """What must be derived for the named StreamFeatureViews, each after those that it reads.
+
+    Raises:
+        PlanError: A derivation cannot be read, or two are called the same.
+    """
+    found: dict[str, Derivation] = {}
+    for name in views:
+        source = store.get_stream_feature_view(name).stream_source
+        if source is not None and TAG in source.tags:
+            _add(Derivation.from_json(source.name, source.tags[TAG]), found)
+    for name in found:
+        if name in views:
+            raise PlanError(f"A view and a derived topic are both called '{name}': rename one.")
+    return list(found.values())
+
+
+def _add(derivation: Derivation, found: dict[str, Derivation]) -> None:
+    for each in derivation.inputs:
+        if each.derivation:
+            _add(Derivation.from_json(each.name, each.derivation), found)
+    if found.setdefault(derivation.name, derivation) != derivation:
+        raise PlanError(
+            f"The derived topic '{derivation.name}' is declared in two ways: import one declaration where it is used"
+            " and run `feast apply` again."
+        )
 
 
 def compile_view(view: "StreamFeatureView", join_key: str, entity_type: EntityType) -> Plan:
