@@ -49,6 +49,10 @@ class AsOfJoin(BufferedJoin):
         super().__init__(derivation)
         self._tolerance_us = NEVER_US if derivation.tolerance_us is None else derivation.tolerance_us
 
+    @property
+    def _waits(self) -> bool:
+        return True
+
     def _take(self, side: int, arrived: Arrived, verdicts: Ints, than_us: Ints) -> Ints:
         left, right = (each.held for each in self._buffers.sides)
         clock, take = self._clock, _take_right if side else _take_left

@@ -33,8 +33,7 @@ class BufferedJoin(ABC):
 
     def __init__(self, derivation: Derivation) -> None:
         left, right = derivation.inputs
-        self._fingerprint = derivation.fingerprint
-        self._waits = derivation.unmatched or derivation.kind == "as_of_join"
+        self._derivation = derivation
         self._right = RightInput(right, derivation.on)
         self._inputs = (LeftInput(left, derivation.on, derivation.key), self._right)
         self._clock = JoinClock((left.delay_us, right.delay_us))
@@ -80,7 +79,7 @@ class BufferedJoin(ABC):
     def snapshot(self) -> bytes:
         """The state, for `restore`; equal histories give equal bytes."""
         self._forget()
-        return pack({"fingerprint": self._fingerprint, "clock": self._clock.state()}, self._buffers.state())
+        return pack({"fingerprint": self._derivation.fingerprint, "clock": self._clock.state()}, self._buffers.state())
 
     @classmethod
     def restore(cls, derivation: Derivation, snapshot: bytes) -> Self:
@@ -91,7 +90,7 @@ class BufferedJoin(ABC):
         """
         restored = cls(derivation)
         header, arrays = unpack(snapshot)
-        if header["fingerprint"] != restored._fingerprint:
+        if header["fingerprint"] != derivation.fingerprint:
             raise StateError(
                 f"The state of '{derivation.name}' was made by another declaration of it: remove the checkpoint to"
                 " start anew."
@@ -99,6 +98,11 @@ class BufferedJoin(ABC):
         restored._clock.restore(header["clock"])
         restored._buffers.restore(arrays)
         return restored
+
+    @property
+    @abstractmethod
+    def _waits(self) -> bool:
+        """Whether left events wait for the watermark."""
 
     @abstractmethod
     def _take(self, side: int, arrived: Arrived, verdicts: Ints, than_us: Ints) -> Ints:

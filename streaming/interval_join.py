@@ -49,6 +49,10 @@ class IntervalJoin(BufferedJoin):
         latest_us = derivation.latest_us
         self._interval = _Interval(derivation.earliest_us, latest_us, max(latest_us, 0), derivation.unmatched)
 
+    @property
+    def _waits(self) -> bool:
+        return self._derivation.unmatched
+
     def _take(self, side: int, arrived: Arrived, verdicts: Ints, than_us: Ints) -> Ints:
         own, other = self._buffers.sides[side].held, self._buffers.sides[1 - side].held
         clock = self._clock

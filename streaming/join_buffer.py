@@ -15,6 +15,7 @@ import numpy.typing as npt
 from streaming.compile_kernels import kernel
 from streaming.join_input import Events
 from streaming.keys import KeyIndex
+from streaming.memory import address, copy
 from streaming.raw_json import joined, read_only
 from streaming.records import Bools, Bytes, Ints
 from streaming.windows import NEVER_US, grown
@@ -115,7 +116,8 @@ class Side:
         if needed > len(rows):
             rows = grown(rows, max(needed, 2 * len(rows)), 0)
             heap = grown(heap, len(rows), 0) if self._waits else heap
-        spans = (arrived.keys, arrived.bodies)
+        read = arrived.ids >= 0
+        spans = (arrived.keys[read], arrived.bodies[read])
         needed = int(fill[USED]) + sum(int((each[:, 1] - each[:, 0]).sum()) for each in spans)
         if needed > len(text):
             text = grown(text, max(needed, 2 * len(text)), 0)
@@ -259,15 +261,14 @@ def insert(held: Held, arrived: Arrived, record: int) -> int:
 def append(held: Held, arrived: Arrived, record: int) -> int:
     """Appends a record, for which there is room, and returns its row."""
     row, used = held.fill[COUNT], held.fill[USED]
-    rows, text = held.rows, held.text
+    rows, to = held.rows, address(held.text)
     rows[row, KEY], rows[row, TIME], rows[row, START] = arrived.ids[record], arrived.times[record], used
-    for k in range(arrived.keys[record, 0], arrived.keys[record, 1]):
-        text[used] = arrived.text[k]
-        used += 1
+    start, end = arrived.keys[record, 0], arrived.keys[record, 1]
+    copy(to + used, address(arrived.text) + start, end - start)
+    used += end - start
     rows[row, MIDDLE] = used
     start, end = arrived.bodies[record, 0], arrived.bodies[record, 1]
-    for k in range(end - start):
-        text[used + k] = arrived.body[start + k]
+    copy(to + used, address(arrived.body) + start, end - start)
     used += end - start
     rows[row, END], rows[row, OLDER], rows[row, MATCHED] = used, NO_ROW, 0
     held.fill[COUNT], held.fill[USED] = row + 1, used
@@ -339,8 +340,7 @@ def _kept(rows: Ints, text: Bytes, kept: Bools, numbers: Ints) -> tuple[Ints, By
         found[count] = rows[row]
         found[count, KEY] = numbers[rows[row, KEY]]
         found[count, START], found[count, MIDDLE] = used, used + rows[row, MIDDLE] - start
-        for k in range(rows[row, END] - start):
-            found_text[used + k] = text[start + k]
+        copy(address(found_text) + used, address(text) + start, rows[row, END] - start)
         used += rows[row, END] - start
         found[count, END] = used
         count += 1

@@ -6,7 +6,7 @@ import numpy as np
 
 from streaming.ddl import INTEGERS, read_schema
 from streaming.decode import Columns, Decoder
-from streaming.derivation import Input
+from streaming.derivation import Input, Table
 from streaming.plan import Column, ColumnType, EntityType, Plan, PlanError
 from streaming.raw_json import Tails, decimal_texts, last_braces, read_only
 from streaming.records import Bools, Bytes, Ints, RecordBatch, Reject, RejectKind
@@ -71,7 +71,7 @@ class LeftInput:
         text, keys = keyed.text, keyed.entities
         if self._key_type == "int64":
             text, keys = decimal_texts(text, keys, readable)
-        bodies = last_braces(read_only(batch.buffer), batch.values, readable)
+        bodies = last_braces(read_only(batch.buffer), read_only(batch.values), readable)
         return _events(columns, readable, text, keys, batch.buffer, bodies), rejects
 
 
@@ -107,8 +107,8 @@ class RightInput:
         return _events(columns, columns.readable, columns.text, np.zeros_like(bodies), body, bodies), rejects
 
 
-def key_type(source: Input, name: str) -> EntityType:
-    """How the field of a key is read.
+def key_type(source: Input | Table, name: str) -> EntityType:
+    """How the field or column of a key is read.
 
     Raises:
         PlanError: It is not declared as text or an integer.

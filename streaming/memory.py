@@ -1,4 +1,4 @@
-"""Reading bytes by address in compiled code: single instructions that numba has no name for.
+"""Reading and copying bytes by address in compiled code: single instructions that numba has no name for.
 
 They do not check bounds: whoever uses them does. On a machine with the other byte order
 `first_byte` would count from the wrong end; numba runs on none.
@@ -58,6 +58,18 @@ def _prefetch(context: Any, i: Any) -> Any:
     return types.none(types.int64), generate
 
 
+def _copy(context: Any, to: Any, start: Any, length: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer_type, flag = ir.IntType(8).as_pointer(), ir.IntType(1)
+        function_type = ir.FunctionType(ir.VoidType(), [pointer_type, pointer_type, ir.IntType(64), flag])
+        function = builder.module.declare_intrinsic("llvm.memcpy.p0.p0.i64", fnty=function_type)
+        pointers = [builder.inttoptr(argument, pointer_type) for argument in arguments[:2]]
+        builder.call(function, [*pointers, arguments[2], ir.Constant(flag, 0)])
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, types.int64), generate
+
+
 #: The byte at an address.
 byte = cast(Callable[[int], int], intrinsic(_load_byte))
 #: The 8 bytes at an address, the first one lowest.
@@ -66,3 +78,5 @@ word = cast(Callable[[int], np.uint64], intrinsic(_load_word))
 first_byte = cast(Callable[[np.uint64], int], intrinsic(_count_zero_bytes))
 #: Asks for the memory at an address, which is written soon; any address will do.
 prefetch = cast(Callable[[int], None], intrinsic(_prefetch))
+#: Copies to an address from another so many bytes, which do not overlap.
+copy = cast(Callable[[int, int, int], None], intrinsic(_copy))

@@ -7,7 +7,7 @@ digits and texts their escapes. The values must have been accepted by `decode`: 
 import json
 from collections.abc import Sequence
 from json.decoder import scanstring  # type: ignore[attr-defined]
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +25,17 @@ from streaming.json_tokens import (
     string_end,
     unescape,
 )
-from streaming.memory import address, byte
+from streaming.memory import address, byte, copy
 from streaming.records import Bools, Bytes, Ints, RecordBatch
+
+T = TypeVar("T", bound=np.generic)
 
 _NO_FIELD = -1
 _NULL = b"null"
 
 
-def read_only(array: npt.NDArray[np.uint8]) -> Bytes:
-    """A view of one type, so that kernels are compiled once wherever the bytes come from."""
+def read_only(array: npt.NDArray[T]) -> npt.NDArray[T]:
+    """A view of one type, so that kernels are compiled once wherever the array comes from."""
     view = np.ascontiguousarray(array).view()
     view.flags.writeable = False
     return view
@@ -60,7 +62,7 @@ class Tails:
         found = np.full((count, len(self._fields), 2), _NO_FIELD, dtype=np.int64)
         hard = np.zeros(count, dtype=np.bool_)
         buffer = read_only(batch.buffer)
-        _find_fields(buffer, batch.values, wanted, self._names, self._name_starts, found, hard)
+        _find_fields(buffer, read_only(batch.values), wanted, self._names, self._name_starts, found, hard)
         for row in np.flatnonzero(hard).tolist():
             found[row] = self._find(cast(bytes, batch.value(row)), int(batch.values[row, 0]))
         lengths = np.where(found[:, :, 0] < 0, len(_NULL), found[:, :, 1] - found[:, :, 0]).sum(axis=1)
@@ -151,19 +153,17 @@ def joined(left: Bytes, left_spans: Ints, right: Bytes, right_spans: Ints, nothi
         length += len(nothing) if right_spans[row, 0] < 0 else right_spans[row, 1] - right_spans[row, 0]
         ends[row + 1] = ends[row] + length
     text = np.empty(ends[-1], dtype=np.uint8)
+    to, left_at, right_at, nothing_at = address(text), address(left), address(right), address(nothing)
     for row in range(len(left_spans)):
-        at = ends[row]
+        at = to + ends[row]
         start, end = left_spans[row, 0], left_spans[row, 1]
-        for k in range(end - start):
-            text[at + k] = left[start + k]
+        copy(at, left_at + start, end - start)
         at += end - start
         start, end = right_spans[row, 0], right_spans[row, 1]
         if start < 0:
-            for k in range(len(nothing)):
-                text[at + k] = nothing[k]
+            copy(at, nothing_at, len(nothing))
         else:
-            for k in range(end - start):
-                text[at + k] = right[start + k]
+            copy(at, right_at + start, end - start)
     return text, ends
 
 
@@ -239,15 +239,14 @@ def _write_tails(
             continue
         at = spans[row, 0]
         for field in range(len(label_starts) - 1):
-            for k in range(label_starts[field], label_starts[field + 1]):
-                text[at] = labels[k]
-                at += 1
+            length = label_starts[field + 1] - label_starts[field]
+            copy(address(text) + at, address(labels) + label_starts[field], length)
+            at += length
             start, end = found[row, field, 0], found[row, field, 1]
             if start < 0:
                 text[at], text[at + 1], text[at + 2], text[at + 3] = 110, 117, 108, 108
                 at += 4
             else:
-                for k in range(start, end):
-                    text[at] = buffer[k]
-                    at += 1
+                copy(address(text) + at, address(buffer) + start, end - start)
+                at += end - start
         text[at] = CLOSE_OBJECT
