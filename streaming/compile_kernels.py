@@ -84,7 +84,7 @@ def compile_all() -> None:
 
 
 def _compile_joins() -> None:
-    """Joins a few records and looks them up."""
+    """Joins a few records, looks them up and gives them another key."""
     import pyarrow as pa
 
     from streaming.as_of_join import AsOfJoin
@@ -92,6 +92,7 @@ def _compile_joins() -> None:
     from streaming.interval_join import IntervalJoin
     from streaming.join_input import LeftInput
     from streaming.records import RecordBatch
+    from streaming.rekeying import Rekeying
     from streaming.table_lookup import History
 
     source = Input("one", "one", "", "id string, number bigint, time bigint, more string", "time", 0)
@@ -105,6 +106,7 @@ def _compile_joins() -> None:
                 join.process(side, batch, now_us=0)
             join.drain()
             join.snapshot()
+    Rekeying(Derivation("keyed", "rekeyed", (source,), "id", "", 0)).process(0, batch, now_us=0)
     table = History(pa.array(["0", "1"]), np.zeros(2, dtype=np.int64), [b"}", b"}"], b"}")
     table.valid_rows(LeftInput(source, "id", "id").read(batch)[0])
 

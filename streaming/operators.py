@@ -7,9 +7,10 @@ from streaming.as_of_join import AsOfJoin
 from streaming.buffered_join import BufferedJoin
 from streaming.derivation import Derivation
 from streaming.derived import Operator
+from streaming.feature_lookup import FeatureLookup
 from streaming.interval_join import IntervalJoin
-from streaming.plan import PlanError
 from streaming.rekeying import Rekeying
+from streaming.table_lookup import TableLookup
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -27,4 +28,7 @@ def open_operator(derivation: Derivation, store: "FeatureStore") -> Callable[[in
         case "interval_join" | "as_of_join" as kind:
             join: type[BufferedJoin] = IntervalJoin if kind == "interval_join" else AsOfJoin
             return lambda partition, state: join.restore(derivation, state) if state else join(derivation)
-    raise PlanError(f"Derived topic '{derivation.name}': {derivation.kind} cannot be computed.")
+        case "table_lookup":
+            return lambda partition, state: TableLookup(derivation, str(store.repo_path))
+        case "feature_lookup":
+            return lambda partition, state: FeatureLookup(derivation, store)
