@@ -160,10 +160,10 @@ def online(store: FeatureStore, pages: list) -> dict:
     return {page: {name: read[name][row] for name in names} for row, page in enumerate(read["page"])}
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 120) -> None:
+def wait_for(condition: Callable[[], object], what: Callable[[], str], timeout_s: float = 180) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, f"timed out waiting for {what}"
+        assert time.monotonic() < deadline, f"timed out waiting for {what()}"
         time.sleep(0.1)
 
 
@@ -194,64 +194,6 @@ def check_exactly_once(servers: str, topic: str, frame: pd.DataFrame) -> None:
             ]
             assert [one.value for one in of_partition] == [expected[seq] for seq in mine["seq"]]
             assert [one.key.decode() for one in of_partition] == mine["page"].tolist()
-
-
-def test_features_over_a_rekeyed_topic_equal_pandas_after_sigkills_in_the_middle_of_transactions(
-    kafka, ray_local, tmp_path
-):
-    repo, topic = tmp_path / "repo", "killed-wiki-edits"
-    store = foreign_store(repo)
-    source = rekeyed("edits_by_page", edits_source(kafka, topic), "page", batch_source=offline(repo, "page_activity"))
-    view = activity(repo, source)
-    store.apply([Entity(name="article", join_keys=["page"], value_type=ValueType.STRING), view])
-    ensure_topics(kafka, {topic: 2})
-    frame = edits(6_000)
-    compiled = plans(store, None)
-    needed = derivations(store, ["page_activity"])
-    assert [one.name for one in needed] == ["edits_by_page"]
-    supervisor = Supervisor(store, [*needed, *compiled], home=tmp_path / "home", workers=2)
-    result: dict = {}
-    thread = threading.Thread(target=lambda: result.update(supervisor.run()))
-    status_path = tmp_path / "home" / "stream" / "status.json"
-
-    def status(name: str) -> dict[str, dict]:
-        return json.loads(status_path.read_text())["views"].get(name, {}) if status_path.exists() else {}
-
-    chunks = np.array_split(frame, 24)
-    producing = threading.Thread(
-        target=lambda: [produce(kafka, topic, chunk) or time.sleep(0.5) for chunk in chunks], daemon=True
-    )
-    thread.start()
-    try:
-        wait_for(lambda: len(status("edits_by_page")) == 2, "the first workers")
-        producing.start()
-        killed = set()
-        for turn, seconds in enumerate((1.0, 0.7, 0.4)):
-            wait_for(lambda: {row["pid"] for row in status("edits_by_page").values()} - killed, "a live worker")
-            time.sleep(seconds)
-            rows = status("edits_by_page")
-            victim = rows[sorted(rows)[turn % len(rows)]]["pid"]
-            if victim not in killed:
-                os.kill(victim, signal.SIGKILL)
-                killed.add(victim)
-        producing.join()
-        wait_for(
-            lambda: (
-                sum(row["processed"] for row in status("page_activity").values()) == 6_000
-                and sum(row["lag"] for row in status("page_activity").values()) == 0
-            ),
-            "all events",
-        )
-        assert max(row["epoch"] for row in status("edits_by_page").values()) >= 2
-    finally:
-        supervisor.stop()
-        thread.join(timeout=90)
-    assert not thread.is_alive()
-    for name in ("edits_by_page", "page_activity"):
-        assert (result[name]["processed"], result[name]["dead"], result[name]["late"]) == (6_000, 0, 0), name
-    check_exactly_once(kafka, "edits_by_page", frame)
-    expected = brute_force(frame)
-    assert online(store, sorted(expected)) == expected
 
 
 def rekeying(servers: str, topic: str, home: Path) -> Deriver:
@@ -300,6 +242,67 @@ def test_a_zombie_is_fenced_and_two_workers_keep_partitions_together_in_a_replay
     for records in committed(kafka, f"{topic}-by-page", 2, len(frame)).values():
         times = pd.to_datetime([json.loads(one.value)["time"] for one in records], utc=True, format="ISO8601")
         assert (times.to_series().cummax().to_numpy() - times.to_numpy()).max() <= np.timedelta64(delay)
+
+
+def test_features_over_a_rekeyed_topic_equal_pandas_after_sigkills_in_the_middle_of_transactions(
+    kafka, ray_local, tmp_path
+):
+    repo, topic = tmp_path / "repo", "killed-wiki-edits"
+    store = foreign_store(repo)
+    source = rekeyed("edits_by_page", edits_source(kafka, topic), "page", batch_source=offline(repo, "page_activity"))
+    view = activity(repo, source)
+    store.apply([Entity(name="article", join_keys=["page"], value_type=ValueType.STRING), view])
+    ensure_topics(kafka, {topic: 2})
+    frame = edits(6_000)
+    compiled = plans(store, None)
+    needed = derivations(store, ["page_activity"])
+    assert [one.name for one in needed] == ["edits_by_page"]
+    supervisor = Supervisor(store, [*needed, *compiled], home=tmp_path / "home", workers=2)
+    result: dict = {}
+    thread = threading.Thread(target=lambda: result.update(supervisor.run()))
+    status_path = tmp_path / "home" / "stream" / "status.json"
+
+    def status(name: str) -> dict[str, dict]:
+        return json.loads(status_path.read_text())["views"].get(name, {}) if status_path.exists() else {}
+
+    chunks = np.array_split(frame, 24)
+    producing = threading.Thread(
+        target=lambda: [produce(kafka, topic, chunk) or time.sleep(0.5) for chunk in chunks], daemon=True
+    )
+    thread.start()
+    try:
+        wait_for(lambda: len(status("edits_by_page")) == 2, lambda: "the first workers")
+        producing.start()
+        killed: set[int] = set()
+
+        def deriving() -> list[int]:
+            """Workers that have committed something since they began."""
+            rows = status("edits_by_page").values()
+            return [row["pid"] for row in rows if row["read"] > 0 and row["derived"] > 0 and row["pid"] not in killed]
+
+        for _ in range(3):
+            wait_for(deriving, lambda: f"a worker to kill: {status('edits_by_page')}")
+            victim = deriving()[0]
+            killed.add(victim)
+            os.kill(victim, signal.SIGKILL)
+        producing.join()
+        wait_for(
+            lambda: (
+                sum(row["processed"] for row in status("page_activity").values()) == 6_000
+                and sum(row["lag"] for row in status("page_activity").values()) == 0
+            ),
+            lambda: f"all events: {status('edits_by_page')} {status('page_activity')}",
+        )
+        assert max(row["epoch"] for row in status("edits_by_page").values()) >= 2
+    finally:
+        supervisor.stop()
+        thread.join(timeout=90)
+    assert not thread.is_alive()
+    for name in ("edits_by_page", "page_activity"):
+        assert (result[name]["processed"], result[name]["dead"], result[name]["late"]) == (6_000, 0, 0), name
+    check_exactly_once(kafka, "edits_by_page", frame)
+    expected = brute_force(frame)
+    assert online(store, sorted(expected)) == expected
 
 
 FEATURES = """
