@@ -1,4 +1,4 @@
-"""Compute the stream feature views of a Feast repository from Kafka, until stopped or until caught up."""
+"""Compute the stream feature views of a Feast repository, and the derived topics that they read, from Kafka."""
 
 import argparse
 import logging
@@ -11,7 +11,7 @@ from ops.jobs import JobError, add_repo, open_repo, parser, ray_session, run
 from streaming.logs import log_to_stderr
 from streaming.report import write_workers
 from streaming.supervisor import Supervisor
-from streaming.views import plans
+from streaming.views import derivations, plans
 from streaming.worker import FLUSH_S
 
 
@@ -60,9 +60,11 @@ def main() -> dict[str, object]:
     log_to_stderr()
     logging.getLogger("streaming").info("starting", extra={"repo": str(store.repo_path), "home": str(environment.home)})
     views = [name.strip() for name in args.views.split(",") if name.strip()] if args.views else None
+    servers = environment.kafka_bootstrap_servers
+    compiled = plans(store, views, servers)
     supervisor = Supervisor(
         store,
-        plans(store, views, environment.kafka_bootstrap_servers),
+        [*derivations(store, [plan.view for plan in compiled], servers), *compiled],
         home=environment.home,
         workers=args.workers,
         until_caught_up=args.until_caught_up,

@@ -12,14 +12,18 @@ from feast import FeatureStore, FileSource, RepoConfig
 from streaming.changelog import ChangelogSink, Published
 from streaming.checkpoint import CheckpointStore
 from streaming.control import DriftLog
+from streaming.derivation import Derivation
+from streaming.deriving import Deriver
 from streaming.group import GroupMember
 from streaming.holding import Online
 from streaming.logs import log_to_stderr
 from streaming.metrics import StreamMetrics, serve
 from streaming.offline import OfflineLog
+from streaming.operators import open_operator
 from streaming.plan import Plan
 from streaming.rejects import RejectLog
 from streaming.sinks import OnlineSink
+from streaming.transactions import Transactions, group
 from streaming.wire import Consumer
 from streaming.worker import Worker
 
@@ -45,15 +49,21 @@ class Settings(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """What one actor computes of one view: partition to epoch, and whether records must be keyed by the entity."""
+    """What one actor computes of one view or derivation.
 
-    plan: Plan
+    Attributes:
+        plan: What to compute.
+        partitions: Of its topic, each with its epoch.
+        keyed: Whether records must be keyed by the entity, or by what they are joined on.
+    """
+
+    plan: Plan | Derivation
     partitions: Mapping[int, int]
     keyed: bool
 
 
 class StreamActor:
-    """Runs a worker for each view, one thread each; meant to be a Ray actor with a few concurrent calls.
+    """Runs a worker for each view and derivation, one thread each; meant to be a Ray actor with some concurrent calls.
 
     Args:
         config: the Feast repository's configuration, with its environment variables already filled in.
@@ -67,7 +77,7 @@ class StreamActor:
         self._wanted: Mapping[str, Mapping[int, int]] = {one.plan.view: one.partitions for one in assignments}
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, Worker | Deriver] = {}
         self._failures: list[Exception] = []
         self._metrics = ""
 
@@ -82,7 +92,11 @@ class StreamActor:
         self._metrics, stop_metrics = serve(metrics, str(ray.util.get_node_ip_address()))  # type: ignore[no-untyped-call]
         members: list[GroupMember] = []
         for assignment in self._assignments:
-            worker = open_worker(store, assignment, self._settings)
+            worker: Worker | Deriver
+            if isinstance(assignment.plan, Derivation):
+                worker = open_deriver(store, assignment.plan, assignment.keyed, self._settings)
+            else:
+                worker = open_worker(store, assignment.plan, assignment.keyed, self._settings)
             with self._lock:
                 self._workers[assignment.plan.view] = worker
                 partitions = self._wanted.get(assignment.plan.view, {})
@@ -123,7 +137,7 @@ class StreamActor:
             for view, worker in list(self._workers.items())
         }
 
-    def _work(self, worker: Worker) -> None:
+    def _work(self, worker: Worker | Deriver) -> None:
         try:
             worker.run(self._stop, self._settings.until_caught_up)
         except Exception as error:
@@ -132,9 +146,9 @@ class StreamActor:
             self._stop.set()
 
 
-def open_worker(store: FeatureStore, assignment: Assignment, settings: Settings) -> Worker:
+def open_worker(store: FeatureStore, plan: Plan, keyed: bool, settings: Settings) -> Worker:
     """A worker with its consumer and sinks, not started."""
-    plan, home = assignment.plan, Path(settings.home)
+    home = Path(settings.home)
     return Worker(
         plan,
         source=Consumer(plan.bootstrap_servers, plan.topic, group=f"millrace-{plan.view}"),
@@ -144,9 +158,26 @@ def open_worker(store: FeatureStore, assignment: Assignment, settings: Settings)
         checkpoints=CheckpointStore(checkpoint_uri(home)),
         drifts=DriftLog(plan.bootstrap_servers, plan.view) if plan.models else None,
         ticking=not settings.until_caught_up,
-        keyed=assignment.keyed,
+        keyed=keyed,
         shared=settings.by_group,
         flush_s=settings.flush_s,
+        max_state_bytes=settings.max_state_bytes,
+    )
+
+
+def open_deriver(store: FeatureStore, derivation: Derivation, keyed: bool, settings: Settings) -> Deriver:
+    """A deriver with its consumers and reject logs, not started."""
+    inputs = derivation.inputs
+    return Deriver(
+        derivation,
+        sources=[Consumer(each.bootstrap_servers, each.topic, group(derivation)) for each in inputs],
+        rejects=[RejectLog(each.bootstrap_servers, each.topic, derivation.name) for each in inputs],
+        checkpoints=CheckpointStore(checkpoint_uri(Path(settings.home))),
+        operator=open_operator(derivation, store),
+        output=lambda partition: Transactions(derivation, partition),
+        ticking=not settings.until_caught_up,
+        keyed=keyed,
+        shared=settings.by_group,
         max_state_bytes=settings.max_state_bytes,
     )
 
@@ -156,7 +187,7 @@ def _online(store: FeatureStore, plan: Plan) -> Online:
     return Published(online, ChangelogSink(plan.bootstrap_servers, plan.changelog)) if plan.changelog else online
 
 
-def join_group(worker: Worker) -> GroupMember:
+def join_group(worker: Worker | Deriver) -> GroupMember:
     """A member of the view's consumer group that gives the worker its partitions, not started."""
 
     def assign(numbers: set[int], lost: bool) -> None:

@@ -157,10 +157,15 @@ class CheckpointStore:
         )
         self._remove_unneeded(stream, partition)
 
-    def load(self, stream: str, partition: int) -> Checkpoint | None:
+    def load(self, stream: str, partition: int, offset: int | None = None) -> Checkpoint | None:
         """The newest checkpoint that is whole with all it builds on; None when there is none. Torn ones are logged.
 
         The `save` after it must hold the whole state.
+
+        Args:
+            stream: Name of what is computed.
+            partition: Its number in Kafka.
+            offset: Only one that was saved with this offset will do.
         """
         self._chains.pop((stream, partition), None)
         folder = self._folder(stream, partition)
@@ -179,7 +184,7 @@ class CheckpointStore:
                 newest = newest or header
                 states.insert(0, state)
                 link = f"{folder}/{header['builds_on']}" if header.get("builds_on") else None
-            if link is None and newest is not None:
+            if link is None and newest is not None and offset in (None, newest["offset"]):
                 return Checkpoint(newest["offset"], newest["clock_us"], states[0], tuple(states[1:]))
         return None
 

@@ -80,6 +80,35 @@ def compile_all() -> None:
     for buffer in (batch.buffer, batch.buffer.copy()):  # decompressed bytes are read-only, others are not
         parse_records(buffer, 0, 0, 0, nothing, nothing.copy(), spans, spans.copy())
     bulk.stages(1, faults=Faults(disorder=0.5, poison=0.5))
+    _compile_joins()
+
+
+def _compile_joins() -> None:
+    """Joins a few records, looks them up and gives them another key."""
+    import pyarrow as pa
+
+    from streaming.as_of_join import AsOfJoin
+    from streaming.derivation import Derivation, Input
+    from streaming.interval_join import IntervalJoin
+    from streaming.join_input import LeftInput
+    from streaming.records import RecordBatch
+    from streaming.rekeying import Rekeying
+    from streaming.table_lookup import History
+
+    source = Input("one", "one", "", "id string, number bigint, time bigint, more string", "time", 0)
+    right = Input("two", "two", "", source.schema, "time", 0)
+    values = [b'{"id": "%d", "number": %d, "time": 5, "more": null}' % (n, n) for n in range(200)]
+    batch = RecordBatch.of_values(values, 0)
+    for on in ("id", "number"):
+        what = Derivation("join", "interval_join", (source, right), on, "", 0, on=on, unmatched=True)
+        for join in (IntervalJoin(what), AsOfJoin(what)):
+            for side in (0, 1):
+                join.process(side, batch, now_us=0)
+            join.drain()
+            join.snapshot()
+    Rekeying(Derivation("keyed", "rekeyed", (source,), "id", "", 0)).process(0, batch, now_us=0)
+    table = History(pa.array(["0", "1"]), np.zeros(2, dtype=np.int64), [b"}", b"}"], b"}")
+    table.valid_rows(LeftInput(source, "id", "id").read(batch)[0])
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def read_record(plan: Plan, value: bytes | None) -> Record:
     Raises:
         RecordError: Why it cannot be read.
     """
-    fields = _parse(value)
+    fields = read_object(value)
     entity = _field(fields, plan.entity)
     if plan.entity_type == "string":
         key = _text(plan.entity, entity)
@@ -208,7 +208,12 @@ def read_time_us(name: str, value: object) -> int:
     return (moment - _EPOCH) // timedelta(microseconds=1)
 
 
-def _parse(value: bytes | None) -> dict[str, object]:
+def read_object(value: bytes | None) -> dict[str, object]:
+    """The fields of a record.
+
+    Raises:
+        RecordError: It is no JSON object.
+    """
     if value is None:
         raise RecordError("the record has no value")
     try:

@@ -1,8 +1,9 @@
 """Records must be keyed by their entity where a topic has several partitions, or partitions would share entities."""
 
+from typing import Protocol
+
 import orjson
 
-from streaming.plan import Plan
 from streaming.records import RecordBatch
 
 KEYS_CHECKED = 100
@@ -12,10 +13,19 @@ class WorkerError(ValueError):
     """Records that cannot be computed by partitions."""
 
 
+class Keyed(Protocol):
+    """A topic and the field that must be the key of its records, as a plan names both."""
+
+    @property
+    def topic(self) -> str: ...  # noqa: D102
+    @property
+    def entity(self) -> str: ...  # noqa: D102
+
+
 class KeyCheck:
     """Looks at the first records that a worker reads."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Keyed) -> None:
         self._plan = plan
         self._left = KEYS_CHECKED
 
@@ -30,7 +40,7 @@ class KeyCheck:
             self._left -= len(batch.offsets)
 
 
-def check_keys(plan: Plan, batch: RecordBatch) -> None:
+def check_keys(plan: Keyed, batch: RecordBatch) -> None:
     """Make sure that readable records are keyed by their entity, without which partitions would share entities.
 
     Raises:

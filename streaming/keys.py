@@ -41,6 +41,10 @@ class KeyIndex:
         self._count = _assign(text, spans, wanted, self._text, self._starts, self._slots, self._count, ids)
         return ids
 
+    def find(self, text: Bytes, spans: Ints, wanted: Bools) -> Ints:
+        """The id of each wanted span [N, 2] of `text` that is known; -1 for the others."""
+        return _find(text, spans, wanted, self._text, self._starts, self._slots)
+
     def entities(self, ids: Ints, entity_type: EntityType) -> pa.Array:
         """The entities of some ids, as strings or int64."""
         starts = self._starts
@@ -198,6 +202,25 @@ def _assign(
             count += 1
         ids[row] = slots[slot]
     return count
+
+
+@kernel
+def _find(text: Bytes, spans: Ints, wanted: Bools, known: Bytes, starts: Ints, slots: Ints) -> Ints:
+    mask = len(slots) - 1
+    base, known_base = address(text), address(known)
+    ids = np.full(len(spans), _EMPTY, dtype=np.int64)
+    for row in range(len(spans)):
+        if not wanted[row]:
+            continue
+        start, length = base + spans[row, 0], spans[row, 1] - spans[row, 0]
+        slot = _hash(start, start + length) & mask
+        while slots[slot] != _EMPTY:
+            first = starts[slots[slot]]
+            if starts[slots[slot] + 1] - first == length and _equal(known_base + first, start, length):
+                ids[row] = slots[slot]
+                break
+            slot = (slot + 1) & mask
+    return ids
 
 
 @kernel

@@ -72,6 +72,18 @@ def _leading_zeros(context: Any, bits: Any) -> Any:
     return types.int64(types.uint64), generate
 
 
+def _copy(context: Any, to: Any, start: Any, length: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer_type, flag = ir.IntType(8).as_pointer(), ir.IntType(1)
+        function_type = ir.FunctionType(ir.VoidType(), [pointer_type, pointer_type, ir.IntType(64), flag])
+        function = builder.module.declare_intrinsic("llvm.memcpy.p0.p0.i64", fnty=function_type)
+        pointers = [builder.inttoptr(argument, pointer_type) for argument in arguments[:2]]
+        builder.call(function, [*pointers, arguments[2], ir.Constant(flag, 0)])
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, types.int64), generate
+
+
 #: The byte at an address.
 byte = cast(Callable[[int], int], intrinsic(_load_byte))
 #: The 8 bytes at an address, the first one lowest.
@@ -84,3 +96,5 @@ prefetch = cast(Callable[[int], None], intrinsic(_prefetch))
 float_bits = cast(Callable[[float], np.uint64], intrinsic(_float_bits))
 #: How many of the highest bits of a word are zero, 64 where all are.
 leading_zeros = cast(Callable[[np.uint64], int], intrinsic(_leading_zeros))
+#: Copies to an address from another so many bytes, which do not overlap.
+copy = cast(Callable[[int, int, int], None], intrinsic(_copy))

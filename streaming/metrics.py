@@ -28,6 +28,7 @@ FIGURES = (
     ("processed", "counter", "processed", "Records that changed a feature"),
     ("late", "counter", "late", "Records that came after their windows had closed"),
     ("dead", "counter", "dead", "Records that could not be read or computed"),
+    ("derived", "counter", "derived", "Records of a derived topic that were committed"),
     ("lost", "counter", "lost", "Records that retention removed before they were read"),
     ("keys", "gauge", "keys", "Entities in the state"),
     ("panes", "gauge", "panes", "Panes, sessions and last events kept for the entities that hold any"),

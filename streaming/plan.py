@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -168,6 +168,10 @@ class Plan:
     def fields(self) -> tuple[Column, ...]:
         """The columns that events bring, without those that models add."""
         return self.columns[: len(self.columns) - len(self.models)]
+
+    def at(self, bootstrap_servers: str) -> "Plan":
+        """The same at another broker."""
+        return replace(self, bootstrap_servers=bootstrap_servers)
 
     def column_of(self, aggregate: Aggregate) -> int:
         """The number of the column that an aggregate reads."""

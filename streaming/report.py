@@ -2,12 +2,10 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from streaming.plan import Plan
 
 Status = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
@@ -42,8 +40,8 @@ class Report:
         _replace(self._folder / "status.json", {"updated": updated, "pid": os.getpid(), "views": views})
         _replace(self._folder / "prometheus.json", [{"targets": targets, "labels": {"job": "millrace-stream"}}])
 
-    def totals(self, plans: Mapping[str, Plan], members: Sequence[Status]) -> dict[str, dict[str, float]]:
-        """The sums of each view over its partitions, and the rate of this run."""
+    def totals(self, plans: Iterable[str], members: Sequence[Status]) -> dict[str, dict[str, float]]:
+        """The sums of each view or derivation over its partitions, and the rate of this run."""
         totals: dict[str, dict[str, float]] = {}
         for view in plans:
             figures = {number: row for status in members for number, row in status.get(view, {}).items()}

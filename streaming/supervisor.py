@@ -5,6 +5,9 @@ Under the home's `stream` folder lie `status.json` (rewritten every second: view
 heartbeats), `prometheus.json` (where the workers serve their metrics, for Prometheus' file_sd_configs) and `workers`:
 how many there should be; who writes another number there changes it while the stream runs. A partition that moves is
 let go by its worker, which flushes and checkpoints it, before another one takes it.
+
+Derived topics are computed beside the views that read them; where a run ends when it is caught up, before them, since a
+view that has read all that is there cannot know what is still to come.
 """
 
 import logging
@@ -16,16 +19,16 @@ from typing import Any
 
 import ray
 from feast import FeatureStore
-from kafka.errors import KafkaError
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from streaming import events
 from streaming.actor import Assignment, Settings, StreamActor, checkpoint_uri
 from streaming.checkpoint import CheckpointStore, StaleEpochError
+from streaming.derivation import Derivation
 from streaming.plan import Plan
 from streaming.report import Report, beating, read_workers, write_workers
 from streaming.shares import Unit, deal
-from streaming.topics import TopicWatch, ensure_topics
+from streaming.topics import TopicWatch
+from streaming.topology import SupervisorError, check_partitions, input_topics, prepare, stages
 from streaming.worker import FLUSH_S, stream_name
 
 log = logging.getLogger(__name__)
@@ -33,15 +36,9 @@ log = logging.getLogger(__name__)
 WAIT_S = 0.25
 STATUS_S = 1.0
 BACKOFF_S = (0.2, 10.0)
-BROKER_S = 60.0
 SILENCE_S = 120.0
 HEALTHY_S = 60.0
 FAILURES = 5
-PARTITIONS = {topic.name: topic.partitions for topic in vars(events).values() if isinstance(topic, events.Topic)}
-
-
-class SupervisorError(ValueError):
-    """Why a stream cannot run, in one sentence."""
 
 
 @dataclass
@@ -71,7 +68,7 @@ class Supervisor:
 
     Args:
         store: the Feast store of the views.
-        plans: what to compute.
+        plans: what to compute; derivations before what reads them.
         home: folder under which checkpoints and `status.json` are kept.
         workers: how many actors share the partitions; not more are started than there are partitions.
         until_caught_up: end when every record that is there has been processed and checkpointed; the number of workers
@@ -84,7 +81,7 @@ class Supervisor:
     def __init__(
         self,
         store: FeatureStore,
-        plans: Sequence[Plan],
+        plans: Sequence[Plan | Derivation],
         *,
         home: Path,
         workers: int = 1,
@@ -103,12 +100,14 @@ class Supervisor:
                 " the supervisor."
             )
         self._plans = {plan.view: plan for plan in plans}
+        self._stage: dict[str, Plan | Derivation] = {}
         self._store, self._home, self._workers = store, home.absolute(), workers
         self._settings = Settings(str(self._home), flush_s, until_caught_up, by_group, max_state_bytes)
         self._checkpoints = CheckpointStore(checkpoint_uri(self._home))
         self._report = Report(self._home / "stream")
         self._counts: dict[str, int] = {}
         self._members: dict[int, _Member] = {}
+        self._ended_statuses: list[dict[str, dict[int, dict[str, Any]]]] = []
         self._target: dict[int, set[Unit]] = {}
         self._stopping = False
         self._next_status_s = 0.0
@@ -122,48 +121,44 @@ class Supervisor:
         Raises:
             SupervisorError: no broker, or something that trying again cannot help.
         """
-        self._counts = {plan.topic: self._partitions(plan) for plan in self._plans.values()}
+        plans = list(self._plans.values())
+        self._counts = prepare(plans, lambda: self._stopping)
         write_workers(self._home / "stream", self._workers)
+        for stage in stages(plans) if self._settings.until_caught_up else [plans]:
+            if not self._stopping:
+                self._stage = {plan.view: plan for plan in stage}
+                self._compute()
+        return self._report.totals(self._plans, self._ended_statuses)
+
+    def stop(self) -> None:
+        """Let every worker flush and checkpoint, then `run` return; safe in a signal handler."""
+        self._stopping = True
+
+    def _compute(self) -> None:
+        """Run a stage to its end."""
+        topics = [(plan.bootstrap_servers, topic) for plan in self._stage.values() for topic in input_topics(plan)]
         watches = [
-            TopicWatch(servers, [plan.topic for plan in self._plans.values() if plan.bootstrap_servers == servers])
-            for servers in {plan.bootstrap_servers for plan in self._plans.values()}
+            TopicWatch(servers, [topic for at, topic in topics if at == servers])
+            for servers in {servers for servers, _ in topics}
         ]
+        self._target, self._members = {}, {}
         self._scale()
         try:
             while not all(member.done for member in self._members.values()):
                 self._watch(watches)
-            self._tell()
         finally:
             for watch in watches:
                 watch.close()
             for member in self._members.values():
                 if member.actor is not None:
                     ray.kill(member.actor)
-        return self._report.totals(self._plans, [member.status for member in self._members.values()])
-
-    def stop(self) -> None:
-        """Let every worker flush and checkpoint, then `run` return; safe in a signal handler."""
-        self._stopping = True
-
-    def _partitions(self, plan: Plan) -> int:
-        """Number of partitions of a plan's topic, which is created with its reject topics if it is not there."""
-        topics = {plan.topic: PARTITIONS.get(plan.topic, 1), events.dead(plan.topic): 1, events.late(plan.topic): 1}
-        deadline_s = time.monotonic() + BROKER_S
-        while True:
-            try:
-                return ensure_topics(plan.bootstrap_servers, topics)[plan.topic]
-            except KafkaError as error:
-                if time.monotonic() > deadline_s or self._stopping:
-                    raise SupervisorError(
-                        f"No Kafka broker answers at {plan.bootstrap_servers} (view {plan.view!r}): start one, or set"
-                        f" KAFKA_BOOTSTRAP_SERVERS. {error!r}"
-                    ) from error
-                log.warning("no broker yet", extra={"servers": plan.bootstrap_servers, "error": repr(error)})
-                time.sleep(1.0)
+        self._ended_statuses += [member.status for member in self._members.values()]
+        self._members = {}
+        self._tell()
 
     def _scale(self) -> None:
         """Decide how many members there are and what each of them should have."""
-        units = [Unit(plan.view, number) for plan in self._plans.values() for number in range(self._counts[plan.topic])]
+        units = [Unit(plan.view, number) for plan in self._stage.values() for number in range(self._counts[plan.topic])]
         wanted = min(self._workers, len(units))
         active = [at for at, member in self._members.items() if not member.surplus]
         for at in active[wanted:]:
@@ -204,7 +199,7 @@ class Supervisor:
         shares = _by_view(member.told)
         assignments = [
             Assignment(plan, shares.get(view, {}), keyed=self._counts[plan.topic] > 1)
-            for view, plan in self._plans.items()
+            for view, plan in self._stage.items()
             if view in shares or not self._settings.until_caught_up
         ]
         options = ray.remote(StreamActor).options(num_cpus=0.2, max_restarts=0, max_concurrency=4)
@@ -256,6 +251,8 @@ class Supervisor:
             )
         if grown or workers != self._workers:
             self._counts |= grown
+            for plan in self._stage.values():
+                check_partitions(plan, self._counts)
             self._workers = workers
             self._scale()
 
@@ -311,7 +308,7 @@ class Supervisor:
                 ray.kill(member.actor)
 
     def _tell(self) -> None:
-        self._report.write([member.status for member in self._members.values()])
+        self._report.write([*self._ended_statuses, *(member.status for member in self._members.values())])
 
 
 def _by_view(units: dict[Unit, int]) -> dict[str, dict[int, int]]:

@@ -11,6 +11,8 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast, get_args
 
+from streaming.ddl import INTEGERS, read_schema
+from streaming.derivation import TAG, Derivation
 from streaming.model_tags import PREFIX, models
 from streaming.plan import (
     FUNCTIONS,
@@ -30,17 +32,6 @@ if TYPE_CHECKING:
     from feast import FeatureStore
     from feast.stream_feature_view import StreamFeatureView
 
-_SPARK_NAMES: dict[str, ColumnType] = {
-    "byte": "tinyint",
-    "short": "smallint",
-    "integer": "int",
-    "long": "bigint",
-    "real": "float",
-}
-_FIELD = re.compile(
-    r"\s*(?:`(?P<quoted>[^`]+)`|(?P<name>\w+))(?:\s*:\s*|\s+)(?P<type>.+?)(?P<required>\s+not\s+null)?\s*",
-    re.IGNORECASE,
-)
 _ALIASES = {"avg": "mean", "stddev": "std", "variance": "var", "nunique": "count_distinct"}
 _DURATION = re.compile(r"(\d+) ?(us|ms|s|m|h|d)")
 _UNITS_US = {"us": 1, "ms": 1000, "s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000, "d": 86_400_000_000}
@@ -49,8 +40,7 @@ _MAX_LAST = 10_000
 _MAX_SESSIONS = 1_000
 _FEAST_HOP_SIZE = timedelta(minutes=5)
 _ENTITY_TYPES: dict[str, EntityType] = {"STRING": "string", "INT64": "int64", "INT32": "int64"}
-_INTEGERS = {"tinyint", "smallint", "int", "bigint"}
-_NUMBERS = _INTEGERS | {"float", "double", "boolean"}
+_NUMBERS = INTEGERS | {"float", "double", "boolean"}
 
 
 def plans(
@@ -82,8 +72,41 @@ def plans(
                 f"View '{name}': entity '{entity.name}' is of type {entity.value_type.name}: use STRING or INT64."
             )
         plan = compile_view(view, entity.join_key, _ENTITY_TYPES[entity.value_type.name])
-        compiled.append(replace(plan, bootstrap_servers=bootstrap_servers or plan.bootstrap_servers))
+        compiled.append(plan.at(bootstrap_servers or plan.bootstrap_servers))
     return compiled
+
+
+def derivations(store: "FeatureStore", views: Sequence[str], bootstrap_servers: str | None = None) -> list[Derivation]:
+    """What must be derived for the named StreamFeatureViews, each after those that it reads.
+
+    Args:
+        store: Of the registry.
+        views: Names.
+        bootstrap_servers: The broker to use instead of the one that the sources name.
+
+    Raises:
+        PlanError: A derivation cannot be read, or two are called the same.
+    """
+    found: dict[str, Derivation] = {}
+    for name in views:
+        source = store.get_stream_feature_view(name).stream_source
+        if source is not None and TAG in source.tags:
+            _add(Derivation.from_json(source.name, source.tags[TAG]), found)
+    for name in found:
+        if name in views:
+            raise PlanError(f"A view and a derived topic are both called '{name}': rename one.")
+    return [each.at(bootstrap_servers or each.bootstrap_servers) for each in found.values()]
+
+
+def _add(derivation: Derivation, found: dict[str, Derivation]) -> None:
+    for each in derivation.inputs:
+        if each.derivation:
+            _add(Derivation.from_json(each.name, each.derivation), found)
+    if found.setdefault(derivation.name, derivation) != derivation:
+        raise PlanError(
+            f"The derived topic '{derivation.name}' is declared in two ways: import one declaration where it is used"
+            " and run `feast apply` again."
+        )
 
 
 def compile_view(view: "StreamFeatureView", join_key: str, entity_type: EntityType) -> Plan:
@@ -105,10 +128,10 @@ def compile_view(view: "StreamFeatureView", join_key: str, entity_type: EntityTy
         raise PlanError(f"{where}: source '{source.name}' has a field_mapping, which is not supported: remove it.")
     if not view.aggregations:
         raise PlanError(f"{where} has no aggregations: give it at least one.")
-    schema = _schema(where, source.kafka_options.message_format.schema_json)
+    schema = read_schema(where, source.kafka_options.message_format.schema_json)
     timestamp = view.timestamp_field or source.timestamp_field
     _check_type(where, schema, timestamp, "timestamp", {"timestamp", "timestamp_ntz", "string", "bigint"})
-    _check_type(where, schema, join_key, "entity", {"string"} if entity_type == "string" else _INTEGERS)
+    _check_type(where, schema, join_key, "entity", {"string"} if entity_type == "string" else INTEGERS)
     tags = _tags(where, view)
     fields, transformation, text = schema, *_transformation(where, view, tags)
     if transformation is not None:
@@ -338,29 +361,6 @@ def _check_type(where: str, schema: dict[str, tuple[str, bool]], name: str, role
     if schema[name][0] not in allowed:
         choice = ", ".join(sorted(allowed))
         raise PlanError(f"{where}: the {role} '{name}' is declared {schema[name][0]}, which is not one of {choice}.")
-
-
-def _schema(where: str, ddl: str) -> dict[str, tuple[str, bool]]:
-    """Name to (type, nullable) of a schema in Spark's DDL, the format of Feast's JsonFormat."""
-    schema = {}
-    for text in _split(ddl):
-        match = _FIELD.fullmatch(text)
-        if not match:
-            raise PlanError(f'{where}: cannot read "{text.strip()}" in the JsonFormat schema: write "name type, ...".')
-        declared = match["type"].lower()
-        schema[match["quoted"] or match["name"]] = (_SPARK_NAMES.get(declared, declared), match["required"] is None)
-    return schema
-
-
-def _split(ddl: str) -> list[str]:
-    parts, depth = [""], 0
-    for character in ddl:
-        depth += (character in "<(") - (character in ">)")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
 
 
 def _us(duration: timedelta) -> int:

@@ -1,9 +1,10 @@
 """From Kafka to columns: a consumer that yields `RecordBatch`es instead of one Python object a record.
 
 kafka-python decodes record by record, which costs 4-12 microseconds each. Here the decompressed bytes of a whole v2
-record batch are parsed in one pass by numba. The hook is `Fetcher.PartitionRecords`, which is private: it is used
-only with the versions that were tried, and every fetch that holds anything but plain v2 data batches (older formats,
-control batches, transactions, an unknown codec) goes through the public path of kafka-python.
+record batch are parsed in one pass by numba. Of transactions, only what was committed comes out: control batches and
+what was aborted are stepped over. The hook is `Fetcher.PartitionRecords`, which is private: it is used only with the
+versions that were tried, and every fetch that holds anything but v2 batches in a known codec goes through the public
+path of kafka-python.
 """
 
 import logging
@@ -29,7 +30,7 @@ BATCHES_A_POLL = 32
 RECORDS_A_CHUNK = 1_000
 LARGE_BATCH = 4_096
 MAGIC_AT, ATTRIBUTES_AT, HEADER_BYTES = 16, 21, 61
-CODEC, TRANSACTIONAL, CONTROL = 0x07, 0x10, 0x20
+CODEC = 0x07
 CODECS = 4
 
 
@@ -98,6 +99,12 @@ class Consumer:
         self._kafka.seek(at, max(start, earliest))
         return max(start, earliest)
 
+    def hold(self, partitions: Iterable[int]) -> None:
+        """Let `poll` hand out nothing of these partitions, and of all others again what comes."""
+        held = {TopicPartition(self.topic, partition) for partition in partitions}
+        self._kafka.resume(*(self._kafka.paused() - held))
+        self._kafka.pause(*held)
+
     def poll(self, timeout_s: float, max_records: int) -> list[RecordBatch]:
         """Batches of at most `max_records` records, each of one partition, in offset order within a partition.
 
@@ -140,6 +147,17 @@ class Consumer:
         """
         return {at.partition: end for at, end in self._kafka.end_offsets(list(self._kafka.assignment())).items()}
 
+    def foreign(self) -> dict[int, tuple[OffsetAndMetadata | None, int]]:
+        """What is committed of each partition that was not assigned, and its end.
+
+        Raises:
+            KafkaError: the broker did not answer in time.
+        """
+        numbers = self._kafka.partitions_for_topic(self.topic) or ()
+        others = {TopicPartition(self.topic, number) for number in numbers} - self._kafka.assignment()
+        ends = self._kafka.end_offsets(list(others)) if others else {}
+        return {at.partition: (self._kafka.committed(at, metadata=True), int(end)) for at, end in ends.items()}
+
     def commit(self, offsets: Mapping[int, int]) -> None:
         """Report offsets to Kafka without waiting; a failure is not an error, because checkpoints decide."""
         reported = {TopicPartition(self.topic, at): OffsetAndMetadata(offset, "", -1) for at, offset in offsets.items()}
@@ -170,13 +188,16 @@ class ColumnarRecords(Fetcher.PartitionRecords):  # type: ignore[misc]  # kafka-
     def _unpack_records(
         self, tp: TopicPartition, records: MemoryRecords, key_deserializer: Any, value_deserializer: Any
     ) -> Iterator[_Item]:
-        if not _all_plain(records._buffer):
+        if not _all_columnar(records._buffer):
             yield from self._unpack_publicly(tp, records, key_deserializer, value_deserializer)
             return
         while (batch := records.next_batch()) is not None:
             self.leader_epoch = batch.leader_epoch
             if self.check_crcs and not batch.validate_crc():
                 raise CorruptRecordError(f"Record batch of {tp} at offset {batch.base_offset} failed its CRC check")
+            if self._steps_over(batch):
+                self.next_fetch_offset = batch.next_offset
+                continue
             columns = parse_batch(tp.partition, batch, self.fetch_offset)
             self.next_fetch_offset = batch.next_offset
             self.records_read += len(columns.offsets)
@@ -184,6 +205,16 @@ class ColumnarRecords(Fetcher.PartitionRecords):  # type: ignore[misc]  # kafka-
             if len(columns.offsets):
                 yield _Item(batch.last_offset, columns)
         self.drain()
+
+    def _steps_over(self, batch: DefaultRecordBatch) -> bool:
+        """Whether a batch ends a transaction or belongs to one that was aborted; they must be shown in their order."""
+        if batch.has_producer_id():
+            self._consume_aborted_transactions_up_to(batch.last_offset)
+            if self._contains_abort_marker(batch):
+                self.aborted_producer_ids.discard(batch.producer_id)
+            elif self._is_batch_aborted(batch):
+                return True
+        return bool(batch.is_control_batch)
 
     def _unpack_publicly(
         self, tp: TopicPartition, records: MemoryRecords, key_deserializer: Any, value_deserializer: Any
@@ -248,13 +279,13 @@ def from_records(partition: int, records: Sequence[Any]) -> RecordBatch:
     )
 
 
-def _all_plain(buffer: bytes) -> bool:
-    """Whether a fetch holds only complete v2 data batches outside transactions, in a codec that is known."""
+def _all_columnar(buffer: bytes) -> bool:
+    """Whether a fetch holds only complete v2 batches in a codec that is known."""
     at = 0
     while at + HEADER_BYTES <= len(buffer):
         (length,) = struct.unpack_from(">i", buffer, at + 8)
         (attributes,) = struct.unpack_from(">h", buffer, at + ATTRIBUTES_AT)
-        if buffer[at + MAGIC_AT] != 2 or attributes & (TRANSACTIONAL | CONTROL) or attributes & CODEC > CODECS:
+        if buffer[at + MAGIC_AT] != 2 or attributes & CODEC > CODECS:
             return False
         at += 12 + length
     return True

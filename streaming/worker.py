@@ -21,6 +21,7 @@ from kafka.errors import KafkaError
 
 from streaming.cadence import Cadence
 from streaming.checkpoint import CheckpointStore
+from streaming.derivation import Derivation
 from streaming.holding import Drifts, Held, Online, Rejects, Source
 from streaming.keyed import KeyCheck
 from streaming.metrics import Measures
@@ -465,6 +466,6 @@ class Worker:
         return {"view": self.plan.view, "topic": self.plan.topic, "partition": number, "epoch": held and held.epoch}
 
 
-def stream_name(plan: Plan) -> str:
-    """Name of a plan's checkpoints: a view that is computed differently starts anew from the topic."""
+def stream_name(plan: Plan | Derivation) -> str:
+    """Name of the checkpoints of what is computed: a view that is computed differently starts anew from the topic."""
     return f"{plan.view}-{plan.fingerprint[:12]}"

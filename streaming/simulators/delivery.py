@@ -81,17 +81,18 @@ class _Records:
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
-        self._closed = False
+        self._closed = self._transactional = False
         self.producer_id = self.producer_epoch = self.base_sequence = -1
 
-    def set_producer_state(self, producer_id: int, producer_epoch: int, base_sequence: int, _: bool) -> None:
+    def set_producer_state(self, producer_id: int, epoch: int, base_sequence: int, transactional: bool) -> None:
         """Remember what `close` writes into the header."""
-        self.producer_id, self.producer_epoch, self.base_sequence = producer_id, producer_epoch, base_sequence
+        self.producer_id, self.producer_epoch, self.base_sequence = producer_id, epoch, base_sequence
+        self._transactional = transactional
 
     def close(self) -> None:
         """Make the bytes final; a retry closes again and changes nothing."""
         if not self._closed:
-            self._batch.sign(self.producer_id, self.producer_epoch, self.base_sequence)
+            self._batch.sign(self.producer_id, self.producer_epoch, self.base_sequence, self._transactional)
             self._closed = True
 
     def buffer(self) -> bytearray:
@@ -114,8 +115,15 @@ class _Records:
 
 
 def deliver(producer: KafkaProducer, topic: str, batch: Batch) -> Delivery:
-    """Queue a batch; it must not be touched afterwards."""
+    """Queue a batch, in the transaction that the producer is in if it is transactional; leave it alone afterwards.
+
+    Raises:
+        KafkaError: the producer is not in a transaction, or in one that has failed.
+    """
     at = TopicPartition(topic, batch.partition)
+    transactions = producer._transaction_manager
+    if transactions is not None and transactions.is_transactional():
+        transactions.maybe_add_partition_to_transaction(at)
     queued = ProducerBatch(at, _Records(batch))
     delivery = Delivery(batch, queued.produce_future)
     queued._record_futures = [delivery] * batch.records

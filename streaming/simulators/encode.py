@@ -26,9 +26,9 @@ Compression = Literal["lz4", "none"]
 
 _HEADER = struct.Struct(">qiibIhiqqqhii")
 _PRODUCER = struct.Struct(">qhi")
-_PRODUCER_AT, _CRC_AT, _CHECKED_FROM, _LENGTH_FROM = 43, 17, 21, 12
+_PRODUCER_AT, _CRC_AT, _CHECKED_FROM, _LENGTH_FROM, _FLAGS_AT = 43, 17, 21, 12, 22
 _RECORD_OVERHEAD = 32
-_LZ4 = 3
+_LZ4, _TRANSACTIONAL = 3, 0x10
 
 
 @dataclass(slots=True)
@@ -49,8 +49,10 @@ class Batch:
     data: bytearray
     raw_bytes: int
 
-    def sign(self, producer_id: int, epoch: int, sequence: int) -> None:
+    def sign(self, producer_id: int, epoch: int, sequence: int, transactional: bool = False) -> None:
         """Write who sends it, as its position in that producer's sequence, and the checksum over all of it."""
+        if transactional:
+            self.data[_FLAGS_AT] |= _TRANSACTIONAL
         _PRODUCER.pack_into(self.data, _PRODUCER_AT, producer_id, epoch, sequence)
         struct.pack_into(">I", self.data, _CRC_AT, crc32c(memoryview(self.data)[_CHECKED_FROM:]))
 

@@ -1,9 +1,11 @@
 """The columnar reader against a real broker: the same records as kafka-python's public path, in every codec."""
 
+from random import Random
+
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
 from streaming.topics import ensure_topics
-from streaming.wire import Consumer
+from streaming.wire import ColumnarRecords, Consumer
 
 CODECS = (None, "gzip", "snappy", "lz4", "zstd")
 
@@ -87,4 +89,81 @@ def test_offsets_that_retention_removed_are_skipped_and_counted(kafka):
     assert consumer.seek(0, 5) == 20
     assert consumer.lost == {0: 15}
     assert [row[3] for row in read(consumer, 10, 100)] == [b"%d" % n for n in range(20, 30)]
+    consumer.close()
+
+
+def test_interleaved_transactions_read_the_same_as_the_public_path(kafka, monkeypatch):
+    topic = "wire-transactions"
+    ensure_topics(kafka, {topic: 1})
+    producers = [KafkaProducer(bootstrap_servers=kafka, transactional_id=f"wire-{n}") for n in range(3)]
+    plain = KafkaProducer(bootstrap_servers=kafka)
+    for producer in producers:
+        producer.init_transactions()
+    random = Random(3)
+    committed = 0
+    for turn in range(12):
+        for producer in producers:
+            producer.begin_transaction()
+        sent = [0, 0, 0]
+        for piece in range(4):
+            at = random.randrange(3)
+            for n in range(random.randrange(1, 9)):
+                producers[at].send(topic, value=b"%d/%d/%d/%d" % (turn, piece, at, n), key=b"k")
+                sent[at] += 1
+            producers[at].flush()
+            plain.send(topic, value=b"plain %d" % turn)
+            plain.flush()
+        for at in random.sample(range(3), 3):
+            if random.random() < 0.5:
+                producers[at].commit_transaction()
+                committed += sent[at]
+            else:
+                producers[at].abort_transaction()
+        committed += 4
+    producers[0].begin_transaction()
+    producers[0].send(topic, value=b"of an open transaction")
+    producers[0].flush()
+
+    reference = KafkaConsumer(bootstrap_servers=kafka, isolation_level="read_committed", auto_offset_reset="earliest")
+    partition = TopicPartition(topic, 0)
+    reference.assign([partition])
+    expected: list[tuple] = []
+    for _ in range(100):
+        for record in reference.poll(timeout_ms=200).get(partition, []):
+            expected.append((record.offset, record.timestamp, record.key, record.value))
+        if len(expected) >= committed:
+            break
+    reference.close()
+    assert len(expected) == committed
+
+    monkeypatch.setattr(ColumnarRecords, "_unpack_publicly", None)
+    for max_records, first in ((4096, 0), (5, 0), (4096, committed // 3), (3, committed // 2)):
+        consumer = Consumer(kafka, topic, group="wire")
+        consumer.assign([0])
+        consumer.seek(0, expected[first][0])
+        assert read(consumer, committed - first, max_records) == expected[first:]
+        assert read(consumer, 0, 10) == []
+        assert consumer.end_offsets() == {0: consumer.position(0)}  # the open transaction is not shown yet
+        consumer.close()
+    for producer in (*producers, plain):
+        producer.close()
+
+
+def test_a_partition_on_hold_gives_nothing_until_it_is_let_go(kafka):
+    topic = "wire-hold"
+    ensure_topics(kafka, {topic: 2})
+    producer = KafkaProducer(bootstrap_servers=kafka)
+    for n in range(40):
+        producer.send(topic, value=b"%d" % n, partition=n % 2)
+    producer.flush()
+    producer.close()
+    consumer = Consumer(kafka, topic, group="wire")
+    consumer.assign([0, 1])
+    for partition in (0, 1):
+        consumer.seek(partition, 0)
+    consumer.hold([1])
+    assert [row[3] for row in read(consumer, 20, 100)] == [b"%d" % n for n in range(0, 40, 2)]
+    assert read(consumer, 0, 100) == []
+    consumer.hold([])
+    assert [row[3] for row in read(consumer, 20, 100)] == [b"%d" % n for n in range(1, 40, 2)]
     consumer.close()

@@ -10,7 +10,7 @@ from kafka.errors import CorruptRecordError
 from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 
 from streaming.records import RecordBatch
-from streaming.wire import _all_plain, _packed, _pieces, from_records, parse_batch
+from streaming.wire import _all_columnar, _packed, _pieces, from_records, parse_batch
 
 CODECS = {"none": 0, "gzip": 1, "snappy": 2, "lz4": 3, "zstd": 4}
 DATA = st.none() | st.binary(max_size=200)
@@ -67,13 +67,13 @@ def test_damaged_bytes_are_refused_or_read_within_the_buffer(cut, flip, value):
 
 
 @pytest.mark.parametrize(
-    ("at", "attributes", "plain"),
-    [(22, 0, True), (22, 4, True), (22, 0x10, False), (22, 0x20, False), (22, 5, False), (16, 1, False)],
+    ("at", "attributes", "columnar"),
+    [(22, 0, True), (22, 4, True), (22, 0x10, True), (22, 0x30, True), (22, 5, False), (16, 1, False)],
 )
-def test_only_plain_batches_take_the_fast_path(at, attributes, plain):
+def test_only_batches_of_the_current_format_take_the_fast_path(at, attributes, columnar):
     data = bytearray(built([(b"k", b"v", [], 1)]) * 2)
     data[at] = attributes
-    assert _all_plain(bytes(data)) is plain
+    assert _all_columnar(bytes(data)) is columnar
 
 
 @settings(deadline=None, max_examples=40)

@@ -1,0 +1,135 @@
+"""The commits of one partition of a derivation: what is done in which order, and what a crash or a zombie leaves.
+
+A commit is: the records into a transaction, the checkpoint under the commit's number, the input's offsets and the
+number into the transaction, its end. So the checkpoint of the number that the broker says was written whole, and as the
+one before is kept too, it does not matter whether a crash comes before or after the end. A try that fails leaves it
+open what the broker has done; the next one takes the topic again, which ends the transaction, and looks.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from streaming.checkpoint import CheckpointStore, StaleEpochError
+from streaming.state import StateError
+from streaming.transactions import Progress
+
+FIRST_TO_PROVE = 2
+
+
+class Output(Protocol):
+    """What commits need of a derived topic (`transactions.Transactions`)."""
+
+    def take(self) -> Progress | None: ...  # noqa: D102
+    def write(self, keys: list[bytes], values: list[bytes]) -> None: ...  # noqa: D102
+    def commit(self, progress: Progress) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+@dataclass
+class Commit:
+    """What becomes visible together.
+
+    Attributes:
+        progress: What it accounts for.
+        keys: Of the derived records.
+        values: Of the derived records.
+        state: The operator's; empty where it has none.
+        tried: Whether a try of it may have reached the broker.
+        checkpointed: Whether its state is written.
+    """
+
+    progress: Progress
+    keys: list[bytes]
+    values: list[bytes]
+    state: bytes
+    tried: bool = False
+    checkpointed: bool = False
+
+
+class Commits:
+    """The commits of one partition; one call at a time.
+
+    Args:
+        stream: name of its checkpoints.
+        partition: of the inputs.
+        fingerprint: of the derivation.
+        output: where records go.
+        checkpoints: where state goes.
+    """
+
+    def __init__(
+        self, stream: str, partition: int, fingerprint: str, *, output: Output, checkpoints: CheckpointStore
+    ) -> None:
+        self._stream, self._partition, self._fingerprint = stream, partition, fingerprint
+        self._output, self._checkpoints = output, checkpoints
+        self.epoch = 0
+
+    def take(self, epoch: int) -> tuple[Progress | None, bytes]:
+        """Become the only writer; what was committed last (None: nothing yet) and the state that belongs to it.
+
+        Raises:
+            KafkaError: the broker did not answer; call again.
+            StaleEpochError: a newer owner has the partition.
+            StateError: what the broker has was not written by this derivation, or its state is gone.
+        """
+        self._checkpoints.claim(self._stream, self._partition, epoch)
+        self.epoch = epoch
+        progress = self._output.take()
+        if progress is None:
+            self._check_beginning()
+            return None, b""
+        if progress.fingerprint != self._fingerprint:
+            raise StateError(
+                f"{self._what} was written by another declaration: give the changed one a new name, or delete the"
+                " topic and its consumer group to begin anew."
+            )
+        if not progress.stateful:
+            return progress, b""
+        saved = self._checkpoints.load(self._stream, self._partition, progress.number)
+        if saved is None:
+            raise StateError(
+                f"{self._what} has no checkpoint of its commit {progress.number}: bring the checkpoints of this stream"
+                " back, or delete the topic and its consumer group to begin anew."
+            )
+        # Under this epoch, so that what an owner before left of a commit that failed does not count as the one before.
+        self._checkpoints.save(self._stream, self._partition, epoch, progress.number, 0, saved.state)
+        return progress, saved.state
+
+    def save(self, commit: Commit) -> None:
+        """Commit, or see that it was committed.
+
+        Raises:
+            KafkaError, OSError: something is away; call again with the same commit.
+            StaleEpochError: a newer owner has the partition.
+        """
+        number = commit.progress.number
+        if commit.tried:
+            self._checkpoints.check(self._stream, self._partition, self.epoch)
+            found = self._output.take()
+            if found is not None and (found.number, found.epoch) == (number, self.epoch):
+                return
+            if (found.number if found else 0) != number - 1:
+                raise StaleEpochError(f"{self._what} was written by another owner: epoch {self.epoch} stops writing.")
+        commit.tried = True
+        self._output.write(commit.keys, commit.values)
+        if (commit.state or number == FIRST_TO_PROVE) and not commit.checkpointed:
+            self._checkpoints.save(self._stream, self._partition, self.epoch, number, 0, commit.state)
+            commit.checkpointed = True
+        self._output.commit(commit.progress)
+
+    def close(self) -> None:
+        """Leave the broker."""
+        self._output.close()
+
+    def _check_beginning(self) -> None:
+        """A checkpoint of the second commit proves that there was a first one, which a broker forgets in time."""
+        saved = self._checkpoints.load(self._stream, self._partition)
+        if saved is not None and saved.offset >= FIRST_TO_PROVE:
+            raise StateError(
+                f"{self._what} has been written, but the broker no longer knows how far (offsets.retention.minutes):"
+                " delete the topic and the checkpoints of this stream to begin anew."
+            )
+
+    @property
+    def _what(self) -> str:
+        return f"Partition {self._partition} of the derivation {self._stream!r}"

@@ -1,0 +1,185 @@
+"""One partition of a derivation: its operator, what waits to be derived, and what was derived since the last commit."""
+
+import os
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from streaming.alignment import Standing
+from streaming.commits import Commit, Commits
+from streaming.derivation import Derivation
+from streaming.derived import Derived, Operator
+from streaming.holding import DATED_US
+from streaming.records import Ints, RecordBatch, Reject
+from streaming.transactions import Progress
+
+FIRST_PAUSE_S = 0.2
+
+
+class Waiting(NamedTuple):
+    """A batch that was read; `times_us` [N] rise, and are None where it need not wait for other partitions."""
+
+    side: int
+    batch: RecordBatch
+    times_us: Ints | None
+
+
+@dataclass
+class DerivedPartition:
+    """What a worker holds of a partition.
+
+    Attributes:
+        derivation: What is computed.
+        operator: Computes it.
+        commits: Take what it gives.
+        progress: Of the last commit.
+        offsets: Next one of each side.
+        clock_us: Event time of the left input, as far as it was derived.
+        restored: Records that had been read before.
+        began_s: When the last commit began.
+        heard_s: When each side had its last records.
+        saved_s: When the last commit ended.
+        moved: Whether there is something to commit.
+        commit: The one under way.
+    """
+
+    derivation: Derivation
+    operator: Operator
+    commits: Commits
+    progress: Progress
+    offsets: list[int]
+    began_s: float
+    heard_s: list[float]
+    saved_s: float
+    clock_us: int = field(init=False)
+    restored: int = field(init=False)
+    processed: int = field(init=False)
+    dead: int = field(init=False)
+    late: int = field(init=False)
+    waiting: deque[Waiting] = field(default_factory=deque)
+    keys: list[bytes] = field(default_factory=list)
+    values: list[bytes] = field(default_factory=list)
+    rejects: list[tuple[int, Reject]] = field(default_factory=list)
+    moved: bool = False
+    ticked_s: float = 0.0
+    drained: bool = False
+    snapshot_s: float = 0.0
+    state_bytes: int | None = None
+    commit: Commit | None = None
+    running: "Future[None] | None" = None
+    retry_s: float = 0.0
+    pause_s: float = FIRST_PAUSE_S
+
+    def __post_init__(self) -> None:
+        last = self.progress
+        self.restored = self.processed = last.processed
+        self.clock_us, self.dead, self.late = last.clock_us, last.dead, last.late
+
+    @property
+    def pending(self) -> int:
+        """Records that were derived and are not committed."""
+        return len(self.keys) + (len(self.commit.keys) if self.commit else 0)
+
+    @property
+    def next_us(self) -> int:
+        """No time below this (but for the delay) is still to be derived of the left input."""
+        for one in self.waiting:
+            if one.times_us is not None:
+                return max(self.clock_us, int(one.times_us[0]))
+        return self.clock_us
+
+    def take(self, derived: Derived) -> None:
+        """Add what the operator gave."""
+        self.keys += derived.keys
+        self.values += derived.values
+        self.rejects += derived.rejects
+        self.late += sum(reject.kind == "late" for _, reject in derived.rejects)
+        self.dead += sum(reject.kind == "dead" for _, reject in derived.rejects)
+        self.moved = self.moved or bool(derived.keys or derived.rejects)
+
+    def derive(self, limit_us: int, now_us: int, now_s: float) -> list[RecordBatch]:
+        """Give the operator what waits, up to this event time; what it was given.
+
+        Raises:
+            OSError: what it looks up is away; what waits stays.
+        """
+        given = []
+        while self.waiting:
+            side, batch, times_us = self.waiting[0]
+            count = len(batch.offsets)
+            if times_us is not None:
+                count = int(np.searchsorted(times_us, limit_us, side="right"))
+            if count == 0:
+                break
+            part = batch.rows(slice(0, count))
+            self.take(self.operator.process(side, part, now_us))
+            if times_us is not None:
+                self.clock_us = max(self.clock_us, int(times_us[count - 1]))
+            self.processed += count
+            self.offsets[side] = int(part.offsets[-1]) + 1
+            self.heard_s[side] = now_s
+            self.moved = True
+            given.append(part)
+            self.waiting.popleft()
+            if count < len(batch.offsets):
+                rest = None if times_us is None else times_us[count:]
+                self.waiting.appendleft(Waiting(side, batch.rows(slice(count, None)), rest))
+                break
+        return given
+
+    def standing(self, lag: int) -> Standing | None:
+        """How far it is; None where it has nothing more to read and all of it is committed."""
+        settled = not self.keys and self.commit is None
+        if settled and not self.waiting and lag == 0:
+            return None
+        return Standing(self.progress.clock_us, self.next_us, settled)
+
+    def begin(self, now_s: float, snapshot: bytes, snapshot_s: float) -> Commit:
+        """Make a commit of what was derived."""
+        self.began_s, self.snapshot_s, self.state_bytes = now_s, snapshot_s, len(snapshot) or None
+        progress = Progress(
+            number=self.progress.number + 1,
+            offsets=tuple(self.offsets),
+            fingerprint=self.derivation.fingerprint,
+            stateful=bool(snapshot),
+            processed=self.processed,
+            dead=self.dead,
+            late=self.late,
+            written=self.progress.written + len(self.keys),
+            epoch=self.commits.epoch,
+            clock_us=self.next_us,
+        )
+        self.commit = Commit(progress, self.keys, self.values, snapshot)
+        self.keys, self.values, self.moved = [], [], False
+        return self.commit
+
+    def figures(self, lag: int, end: int, lost: int, now_us: int, now_s: float) -> dict[str, Any]:
+        """What there is to say of it, as of the partition of a view (`holding.Held.figures`)."""
+        clocks = self.operator.clocks_us
+        watermark_us = min(clock - each.delay_us for clock, each in zip(clocks, self.derivation.inputs, strict=True))
+        timed = DATED_US[0] < watermark_us < DATED_US[1]
+        return {
+            "offset": self.progress.offsets[0],
+            "end": end,
+            "lag": lag + sum(len(one.batch.offsets) for one in self.waiting),
+            "watermark": datetime.fromtimestamp(watermark_us / 1e6, UTC).isoformat() if timed else None,
+            "watermark_s": watermark_us / 1e6 if timed else None,
+            "event_lag_s": round((now_us - clocks[0]) / 1e6, 3) if timed else None,
+            "processed": self.processed - self.dead - self.late,
+            "dead": self.dead,
+            "late": self.late,
+            "lost": lost,
+            "keys": 0,
+            "derived": self.progress.written,
+            "state_bytes": self.operator.buffered_bytes,
+            "checkpoint_bytes": self.state_bytes,
+            "checkpoint_age_s": round(now_s - self.saved_s, 3) if self.moved or self.commit else 0.0,
+            "read": self.processed - self.restored,
+            "epoch": self.commits.epoch,
+            "pid": os.getpid(),
+            "heartbeat": datetime.fromtimestamp(now_us / 1e6, UTC).isoformat(),
+        }

@@ -1,0 +1,437 @@
+"""A derivation over some partitions of its inputs: poll, derive, commit; with the face of a `worker.Worker`.
+
+Ten times a second, what was derived of a partition since its last commit, and the state that the operator then has,
+become a commit that a thread writes while the loop goes on (`commits`). Records and input offsets become visible
+together, so a crash anywhere loses nothing and repeats nothing for who reads what is committed.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from typing import Any, NamedTuple, Protocol
+
+from kafka.errors import KafkaError
+
+from streaming.alignment import NEVER_US, Alignment, Foreign
+from streaming.checkpoint import CheckpointStore, StaleEpochError
+from streaming.commits import Commits, Output
+from streaming.derivation import Derivation
+from streaming.derived import Operator
+from streaming.derived_partition import DerivedPartition, Waiting
+from streaming.holding import Rejects, Source
+from streaming.keyed import KeyCheck
+from streaming.metrics import Measures
+from streaming.state import StateError
+from streaming.transactions import Progress
+from streaming.worker import stream_name
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.02
+RECORDS_A_BATCH = 16_384
+COMMIT_S = 0.1
+SNAPSHOT_SHARE = 10
+IDLE_S = 1.0
+STATUS_S = 0.5
+FINISH_S = 60.0
+KEEP_S = 6 * 3600.0
+PENDING_ROWS = 200_000
+BACKOFF_S = (0.2, 5.0)
+THREADS = 8
+RETRIED = (KafkaError, OSError)
+
+
+class Reading(Source, Foreign, Protocol):
+    """What deriving needs of a consumer (`wire.Consumer`)."""
+
+    def hold(self, partitions: Iterable[int]) -> None: ...  # noqa: D102
+
+
+class _Keyed(NamedTuple):
+    topic: str
+    entity: str
+
+
+class Deriver:
+    """Computes one derivation over some partitions.
+
+    Args:
+        derivation: what to compute.
+        sources: where the records of each side come from.
+        rejects: where those that each side's were refused go.
+        checkpoints: where state goes.
+        operator: makes the operator of a partition, from its state where there is one.
+        output: makes what writes what comes of a partition.
+        ticking: let the clock of idle inputs advance with the wall clock, and wait for what is not there yet; off for a
+            run that ends when caught up, where all that waits comes out at the end.
+        keyed: refuse records of a join whose key is not what they are joined on (where topics have several partitions).
+        shared: another worker may take a partition over, which is then let go; otherwise that is an error.
+        max_state_bytes: memory that the operator of a partition may take; more ends the worker with a sentence.
+        executor: runs commits; threads by default.
+        wall_us: wall clock in UTC microseconds.
+        monotonic_s: clock for intervals.
+    """
+
+    def __init__(
+        self,
+        derivation: Derivation,
+        *,
+        sources: Sequence[Reading],
+        rejects: Sequence[Rejects],
+        checkpoints: CheckpointStore,
+        operator: Callable[[int, bytes], Operator],
+        output: Callable[[int], Output],
+        ticking: bool = True,
+        keyed: bool = False,
+        shared: bool = False,
+        max_state_bytes: int | None = None,
+        executor: Executor | None = None,
+        wall_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
+        monotonic_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.plan = derivation
+        self.stream = stream_name(derivation)
+        self.measures = Measures()
+        self._sources, self._rejects, self._checkpoints = sources, rejects, checkpoints
+        self._operator, self._output = operator, output
+        self._ticking, self._keyed, self._shared = ticking, keyed, shared
+        self._max_state_bytes = max_state_bytes
+        self._executor = executor or ThreadPoolExecutor(THREADS, thread_name_prefix="commits")
+        self._wall_us, self._monotonic_s = wall_us, monotonic_s
+        self._held: dict[int, DerivedPartition] = {}
+        self._wanted: tuple[dict[int, int], bool] | None = None
+        self._alignment: Alignment | None = None
+        self._on_hold: list[set[int]] = [set() for _ in sources]
+        self._checks: list[KeyCheck] | None = None
+        self._next_status_s = self._started_s = self._ended_s = 0.0
+        self._status: dict[int, dict[str, Any]] = {}
+
+    def start(self, partitions: Mapping[int, int]) -> None:
+        """Take partitions over (number to epoch): fence, restore, seek.
+
+        Raises:
+            StaleEpochError: a newer worker has them.
+            StateError: they were written by another declaration, or their state is gone.
+            OffsetError: a topic was made again.
+        """
+        self._started_s = self._ended_s = self._monotonic_s()
+        self._reassign(partitions)
+
+    def assign(self, partitions: Mapping[int, int], discard: bool = False) -> None:
+        """Let the next step change to these partitions, as `Worker.assign` does; safe from another thread."""
+        self._wanted = dict(partitions), discard
+
+    def holds(self) -> set[int]:
+        """The partitions that this worker has; safe to call from another thread."""
+        return set(self._held.copy())
+
+    def step(self, timeout_s: float = POLL_S) -> int:
+        """Poll once, derive what came, begin the commits that are due; returns the number of records read.
+
+        Polls nothing while more waits to be committed than memory should hold.
+
+        Raises:
+            KafkaError, OSError: something is away; nothing is lost, step again later.
+            StaleEpochError: a newer worker has taken a partition over.
+            StateError: an operator holds more than it may.
+            WorkerError: records are not keyed by what they are joined on.
+        """
+        if self._wanted is not None:
+            wanted = self._wanted
+            self._reassign(*wanted)
+            if self._wanted is wanted:  # else it was changed meanwhile
+                self._wanted = None
+        self._collect()
+        read = 0
+        if sum(held.pending for held in self._held.values()) <= PENDING_ROWS:
+            read = self._poll(timeout_s)
+        elif timeout_s:
+            wait_for([held.running for held in self._held.values() if held.running], timeout_s)
+        self._derive()
+        if self._ticking:
+            self._tick()
+        self._hold_back()
+        now_s = self._monotonic_s()
+        for number, held in self._held.items():
+            pause_s = 0.0 if held.waiting else COMMIT_S  # others may wait for what is committed of this one
+            due_s = held.began_s + max(pause_s, SNAPSHOT_SHARE * held.snapshot_s)
+            if (held.moved and now_s >= due_s) or now_s - held.began_s >= KEEP_S:
+                self._begin(number, held)
+        if now_s >= self._next_status_s:
+            self._refresh_status()
+        return read
+
+    def checkpoint(self) -> None:
+        """Commit everything that was derived, and wait for it.
+
+        Raises:
+            KafkaError, OSError: something is away; nothing is lost, call again later.
+            StaleEpochError: a newer worker has taken a partition over.
+        """
+        deadline_s = self._monotonic_s() + FINISH_S
+        while busy := [number for number, held in self._held.items() if held.moved or held.commit]:
+            for number in busy:
+                if self._held[number].commit is None:
+                    self._begin(number, self._held[number])
+            running = [held.running for held in self._held.values() if held.running]
+            if not running:
+                raise KafkaError("commits have failed and wait to be tried again")
+            if not wait_for(running, max(0.0, deadline_s - self._monotonic_s())).done:
+                raise KafkaError(f"a commit has not ended in {FINISH_S:.0f} s")
+            self._collect()
+
+    def caught_up(self) -> bool:
+        """Whether every record that the broker has now was processed; asks the broker.
+
+        Raises:
+            KafkaError: the broker did not answer.
+        """
+        return not any(held.waiting for held in self._held.values()) and all(
+            source.position(number) >= end for source in self._sources for number, end in source.end_offsets().items()
+        )
+
+    def run(self, stop: threading.Event, until_caught_up: bool) -> None:
+        """Step until told to stop, or until there is nothing left to read and what waits is drained; then commit.
+
+        What is away is retried with growing pauses, for as long as it takes; once told to stop, for a minute.
+        """
+        pause_s = BACKOFF_S[0]
+        finish_s: float | None = None
+        while True:
+            try:
+                if finish_s is not None or stop.is_set():
+                    finish_s = finish_s or self._monotonic_s() + FINISH_S
+                    self.checkpoint()
+                    break
+                if not self.step() and until_caught_up and self.caught_up():
+                    self._drain()
+                    finish_s = self._monotonic_s() + FINISH_S
+                pause_s = BACKOFF_S[0]
+            except RETRIED as error:
+                if finish_s is not None and self._monotonic_s() > finish_s:
+                    raise
+                log.warning("trying again", extra={"view": self.plan.view, "pause_s": pause_s, "error": repr(error)})
+                self._refresh_status()
+                time.sleep(pause_s) if stop.is_set() else stop.wait(pause_s)
+                pause_s = min(2 * pause_s, BACKOFF_S[1])
+        self._refresh_status()
+        log.info("stopped", extra={"view": self.plan.view})
+
+    def status(self) -> dict[int, dict[str, Any]]:
+        """Partition to its figures, at most a second old; safe to call from another thread."""
+        return self._status
+
+    def close(self) -> None:
+        """Leave the broker."""
+        self._executor.shutdown(wait=False)
+        for held in self._held.values():
+            held.commits.close()
+        for rejects in self._rejects:
+            rejects.close()
+        for source in self._sources:
+            source.close()
+
+    def _reassign(self, wanted: Mapping[int, int], discard: bool = False) -> None:
+        """Let the partitions go that are not wanted, and take those that are new."""
+        if self._keyed or any(number > 0 for number in wanted):  # there are several partitions
+            if len(self._sources) > 1 and self._checks is None:
+                self._checks = [KeyCheck(_Keyed(each.topic, self.plan.on)) for each in self.plan.inputs]
+            if self.plan.drift_us and self._alignment is None:
+                self._alignment = Alignment(self.plan, self._sources[0], self._monotonic_s)
+        leaving = self._held.keys() - wanted.keys()
+        if leaving:
+            if not discard:
+                self.checkpoint()
+            self._let_go(leaving)
+        coming = [number for number in wanted if number not in self._held]
+        for source in self._sources:
+            source.assign([*self._held, *coming])
+        for number in coming:
+            self._take(number, wanted[number])
+        self._refresh_status()
+
+    def _take(self, number: int, epoch: int) -> None:
+        epoch = epoch or 1 + self._checkpoints.epoch(self.stream, number)
+        output, fingerprint = self._output(number), self.plan.fingerprint
+        commits = Commits(self.stream, number, fingerprint, output=output, checkpoints=self._checkpoints)
+        try:
+            found, state = commits.take(epoch)
+            offsets = found.offsets if found else [None] * len(self._sources)
+            starts = [source.seek(number, at) for source, at in zip(self._sources, offsets, strict=True)]
+        except BaseException:
+            commits.close()
+            raise
+        now_s = self._monotonic_s()
+        self._held[number] = DerivedPartition(
+            self.plan,
+            self._operator(number, state),
+            commits,
+            found or Progress(0, tuple(starts), fingerprint),
+            starts,
+            began_s=now_s,
+            heard_s=[now_s] * len(self._sources),
+            saved_s=now_s,
+        )
+        log.info("partition taken", extra=self._about(number) | {"offsets": starts, "restored": found is not None})
+
+    def _let_go(self, numbers: Iterable[int]) -> None:
+        for number in self._held.keys() & set(numbers):
+            log.info("partition let go", extra=self._about(number))
+            self._held.pop(number).commits.close()
+        for source in self._sources:
+            source.assign(self._held)
+
+    def _poll(self, timeout_s: float) -> int:
+        """Read from every side those partitions of which nothing waits; the last one waits, if nothing is there."""
+        read = 0
+        for side, source in enumerate(self._sources):
+            last = side == len(self._sources) - 1 and not read
+            for batch in source.poll(timeout_s if last else 0.0, RECORDS_A_BATCH):
+                if self._checks is not None:
+                    self._checks[side].look(batch)
+                times_us = None
+                if self._alignment is not None and side == 0:
+                    times_us = self._alignment.times_us(batch, self._wall_us())
+                self._held[batch.partition].waiting.append(Waiting(side, batch, times_us))
+                read += len(batch.offsets)
+        return read
+
+    def _derive(self) -> None:
+        """Process what was read, of each partition as far as it may run ahead of the others."""
+        limits: dict[int, int] = {}
+        if self._alignment is not None:
+            lag = self._sources[0].lag()
+            standings = {number: held.standing(lag.get(number, 0)) for number, held in self._held.items()}
+            known = {number: standing for number, standing in standings.items() if standing is not None}
+            limits = self._alignment.limits_us(known, [number for number, held in self._held.items() if held.waiting])
+            if not self._alignment.alone:
+                self._announce()
+        now_us, now_s = self._wall_us(), self._monotonic_s()
+        for number, held in self._held.items():
+            for batch in held.derive(limits.get(number, NEVER_US), now_us, now_s):
+                self.measures.read(batch)
+            self._check_size(number, held)
+
+    def _announce(self) -> None:
+        """Let workers of other partitions see how far these are, also where nothing was derived of them."""
+        for number, held in self._held.items():
+            if not held.waiting:  # the end of a transaction lies between the last record and the position
+                held.offsets[0] = max(held.offsets[0], self._sources[0].position(number))
+            if held.next_us > held.progress.clock_us or held.offsets[0] > held.progress.offsets[0]:
+                held.moved = True
+
+    def _check_size(self, number: int, held: DerivedPartition) -> None:
+        if self._max_state_bytes is not None and held.operator.buffered_bytes > self._max_state_bytes:
+            raise StateError(
+                f"Partition {number} of the derived topic {self.plan.name!r} holds {held.operator.buffered_bytes >> 20}"
+                f" MB of events that wait for others, and may hold {self._max_state_bytes >> 20}: allow more"
+                " (--max-state-mb), or give the inputs more partitions."
+            )
+
+    def _tick(self) -> None:
+        """Let the clocks of inputs advance that were read to their end and have been idle for a while."""
+        now_s = self._monotonic_s()
+        due = [
+            (number, held)
+            for number, held in self._held.items()
+            if now_s - max(held.ticked_s, min(held.heard_s)) >= IDLE_S
+        ]
+        lags = [source.lag() for source in self._sources] if due else []
+        for number, held in due:
+            held.ticked_s = now_s
+            idle = [
+                side
+                for side, heard_s in enumerate(held.heard_s)
+                if now_s - heard_s >= IDLE_S and lags[side].get(number, 0) == 0
+            ]
+            held.take(held.operator.tick(self._wall_us(), idle))
+
+    def _drain(self) -> None:
+        for held in self._held.values():
+            if not held.drained:
+                held.drained = True
+                held.take(held.operator.drain())
+
+    def _hold_back(self) -> None:
+        """Read nothing of a partition of which much waits, nor of a side that is ahead of one that has more to read."""
+        lags = [source.lag() for source in self._sources]
+        for side, source in enumerate(self._sources):
+            ahead = set()
+            for number, held in self._held.items():
+                others = [at for at in range(len(self._sources)) if at != side and lags[at].get(number, 0) > 0]
+                clocks = held.operator.clocks_us
+                if any(one.side == side for one in held.waiting) or any(clocks[side] > clocks[at] for at in others):
+                    ahead.add(number)
+            if ahead != self._on_hold[side]:
+                source.hold(ahead)
+                self._on_hold[side] = ahead
+
+    def _begin(self, number: int, held: DerivedPartition) -> None:
+        """Write the rejects and hand the rest to a thread, unless a commit is under way."""
+        if held.commit is not None:
+            return
+        for side, rejects in enumerate(self._rejects):
+            rejects.write([reject for at, reject in held.rejects if at == side])
+        held.rejects = []
+        began_s = self._monotonic_s()
+        state = held.operator.snapshot()
+        commit = held.begin(began_s, state, self._monotonic_s() - began_s)
+        held.running = self._executor.submit(held.commits.save, commit)
+
+    def _collect(self) -> None:
+        """See which commits have ended; those that failed are tried again after a pause."""
+        now_s = self._monotonic_s()
+        lost = set()
+        for number, held in self._held.items():
+            if held.commit is None:
+                continue
+            if held.running is None:
+                if now_s >= held.retry_s:
+                    held.running = self._executor.submit(held.commits.save, held.commit)
+                continue
+            if not held.running.done():
+                continue
+            running, held.running = held.running, None
+            try:
+                running.result()
+            except StaleEpochError as error:
+                if not self._shared:
+                    raise
+                log.warning("partition lost", extra=self._about(number) | {"error": str(error)})
+                lost.add(number)
+            except RETRIED as error:
+                held.retry_s = now_s + held.pause_s
+                held.pause_s = min(2 * held.pause_s, BACKOFF_S[1])
+                log.warning("committing again", extra=self._about(number) | {"error": repr(error)})
+            else:
+                self._committed(held)
+        if lost:
+            self._let_go(lost)
+
+    def _committed(self, held: DerivedPartition) -> None:
+        if held.commit is None:
+            return
+        held.progress, held.commit, held.pause_s = held.commit.progress, None, BACKOFF_S[0]
+        held.saved_s = self._ended_s = self._monotonic_s()
+        self.measures.flushed(held.saved_s - held.began_s, self._wall_us())
+
+    def _refresh_status(self) -> None:
+        now_s, now_us = self._monotonic_s(), self._wall_us()
+        self._next_status_s = now_s + STATUS_S
+        lags = [source.lag() for source in self._sources]
+        seconds = self._ended_s - self._started_s
+        status = {}
+        for number, held in self._held.items():
+            lag = sum(each.get(number, 0) for each in lags)
+            end = sum(source.position(number) for source in self._sources) + lag
+            lost = sum(source.lost.get(number, 0) for source in self._sources)
+            status[number] = held.figures(lag, end, lost, now_us, now_s) | {"seconds": seconds}
+        self._status = status
+
+    def _about(self, number: int) -> dict[str, object]:
+        held = self._held.get(number)
+        epoch = held and held.commits.epoch
+        return {"view": self.plan.view, "topic": self.plan.topic, "partition": number, "epoch": epoch}

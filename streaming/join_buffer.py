@@ -1,0 +1,361 @@
+"""Events that wait for others: rows and bytes of one side of a join in arrays, found by key, in order of event time.
+
+Rows are appended in the order of arrival. Those of one key form a chain from the newest event time to the oldest, and
+of equal times from the last arrival to the first. What is no longer needed stays until `compact` drops it, which costs
+as much as there is and is due when that has doubled: so an event costs the same however much is held.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from streaming.compile_kernels import kernel
+from streaming.join_input import Events
+from streaming.keys import KeyIndex
+from streaming.memory import address, copy
+from streaming.raw_json import joined, read_only
+from streaming.records import Bools, Bytes, Ints
+from streaming.windows import NEVER_US, grown
+
+KEY, TIME, START, MIDDLE, END, OLDER, MATCHED = range(7)
+COUNT, USED, WAITING = range(3)
+NO_ROW = -1
+
+_WIDTH = 7
+_FEW_ROWS = 8_192
+_FEW_BYTES = 4 << 20
+
+
+class Arrived(NamedTuple):
+    """N records of one side as the kernels take them.
+
+    Attributes:
+        ids: [N] of the join key, -1 where the record cannot be read.
+        times: [N] microseconds.
+        now_us: The wall clock.
+        text: Holds the keys that the derived records get, which only the left side has.
+        keys: [N, 2] spans into `text`.
+        body: Holds what is kept of the values.
+        bodies: [N, 2] spans into `body`.
+    """
+
+    ids: Ints
+    times: Ints
+    now_us: int
+    text: Bytes
+    keys: Ints
+    body: Bytes
+    bodies: Ints
+
+
+class Held(NamedTuple):
+    """The arrays of a side.
+
+    Attributes:
+        rows: [C, 7] of each row the key, the time, where in `text` its bytes begin, those of its value begin, and they
+            end, the next older row of its key, and whether it has been given out.
+        text: The bytes.
+        newest: [K] the newest row of each key.
+        heap: [C] the rows that wait for the watermark, the earliest first.
+        fill: [3] rows, bytes, and rows in the heap.
+    """
+
+    rows: Ints
+    text: Bytes
+    newest: Ints
+    heap: Ints
+    fill: Ints
+
+
+class Side:
+    """What is held of one side of a join.
+
+    Args:
+        waits: Whether its rows wait in the heap.
+    """
+
+    def __init__(self, waits: bool) -> None:
+        self._waits = waits
+        nothing = np.zeros(0, dtype=np.int64)
+        self.held = Held(
+            np.zeros((0, _WIDTH), dtype=np.int64),
+            np.zeros(0, dtype=np.uint8),
+            nothing,
+            nothing.copy(),
+            np.zeros(3, dtype=np.int64),
+        )
+
+    @property
+    def rows(self) -> Ints:
+        """The rows in use."""
+        used: Ints = self.held.rows[: self.held.fill[COUNT]]
+        return used
+
+    @property
+    def waiting(self) -> int:
+        """How many rows wait in the heap."""
+        return int(self.held.fill[WAITING])
+
+    @property
+    def used_bytes(self) -> int:
+        """How many bytes of text are in use, needed or not."""
+        return int(self.held.fill[USED])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the arrays take."""
+        return sum(array.nbytes for array in self.held)
+
+    def reserve(self, arrived: Arrived, keys: int) -> None:
+        """Makes room for records and for so many keys."""
+        rows, text, newest, heap, fill = self.held
+        needed = int(fill[COUNT]) + len(arrived.ids)
+        if needed > len(rows):
+            rows = grown(rows, max(needed, 2 * len(rows)), 0)
+            heap = grown(heap, len(rows), 0) if self._waits else heap
+        read = arrived.ids >= 0
+        spans = (arrived.keys[read], arrived.bodies[read])
+        needed = int(fill[USED]) + sum(int((each[:, 1] - each[:, 0]).sum()) for each in spans)
+        if needed > len(text):
+            text = grown(text, max(needed, 2 * len(text)), 0)
+        self.held = Held(rows, text, self._chains(newest, keys), heap, fill)
+
+    def reserve_keys(self, keys: int) -> None:
+        """Makes room for so many keys."""
+        self.held = self.held._replace(newest=self._chains(self.held.newest, keys))
+
+    def _chains(self, newest: Ints, keys: int) -> Ints:
+        return newest if keys <= len(newest) else grown(newest, max(keys, 2 * len(newest)), NO_ROW)
+
+    def keep(self, kept: Bools, numbers: Ints, order: Ints) -> None:
+        """Forgets rows but those of `kept` [rows], and numbers keys anew: `order` the old ids, `numbers` the new."""
+        rows, text = _kept(self.held.rows, self.held.text, kept, numbers)
+        moved = np.append(np.where(kept, np.cumsum(kept) - 1, NO_ROW), NO_ROW)
+        rows[:, OLDER] = moved[rows[:, OLDER]]
+        newest = np.full(len(order), NO_ROW, dtype=np.int64)
+        known = order < len(self.held.newest)
+        newest[known] = moved[self.held.newest[order[known]]]
+        self._take(rows, text, newest)
+
+    def state(self) -> list[npt.NDArray[Any]]:
+        """The arrays of a side that has just been compacted, for `restore`."""
+        return [self.rows, self.held.text[: self.used_bytes], self.held.newest]
+
+    def restore(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        """Takes the arrays of `state`."""
+        rows, text, newest = (array.copy() for array in arrays)
+        self._take(rows, text, newest)
+
+    def _take(self, rows: Ints, text: Bytes, newest: Ints) -> None:
+        heap = np.argsort(rows[:, TIME], kind="stable") if self._waits else np.zeros(0, dtype=np.int64)
+        self.held = Held(rows, text, newest, heap, np.array([len(rows), len(text), len(heap)], dtype=np.int64))
+
+
+class Buffers:
+    """Both sides of a join and the ids of their keys.
+
+    Args:
+        waits: Which sides wait in a heap.
+
+    Attributes:
+        rows_then: How many rows there were when they were last compacted.
+        newest_then_us: And the greatest time of them.
+    """
+
+    def __init__(self, waits: tuple[bool, bool]) -> None:
+        self.index = KeyIndex()
+        self.sides = (Side(waits[0]), Side(waits[1]))
+        self.rows_then = self._bytes_then = self._keys_then = 0
+        self.newest_then_us = -NEVER_US
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held."""
+        return self.index.nbytes + sum(side.nbytes for side in self.sides)
+
+    def arrive(self, side: int, events: Events, now_us: int) -> Arrived:
+        """Records of a side, for which there is room then on both."""
+        ids = self.index.ids(events.text, events.entities, events.readable)
+        arrived = Arrived(ids, events.times, now_us, events.keys_text, events.keys, events.body, events.bodies)
+        self.sides[side].reserve(arrived, len(self.index))
+        self.sides[1 - side].reserve_keys(len(self.index))
+        return arrived
+
+    def crowded(self, needless: int) -> bool:
+        """Whether to compact, when so many rows at least are no longer needed."""
+        rows = sum(len(side.rows) for side in self.sides)
+        used_bytes = sum(side.used_bytes for side in self.sides)
+        if used_bytes > 2 * self._bytes_then + _FEW_BYTES or len(self.index) > 2 * self._keys_then + _FEW_ROWS:
+            return True
+        return rows > 2 * self.rows_then + _FEW_ROWS or (rows > _FEW_ROWS and 2 * needless > rows)
+
+    def compact(self, kept: tuple[Bools, Bools]) -> None:
+        """Forgets rows but the kept ones of each side, and keys without any; equal contents give equal arrays."""
+        keys = [side.rows[keep, KEY] for side, keep in zip(self.sides, kept, strict=True)]
+        numbers, order = _first_seen(np.concatenate(keys), len(self.index))
+        for side, keep in zip(self.sides, kept, strict=True):
+            side.keep(keep, numbers, order)
+        self.index = self.index.kept(order)
+        self._remember()
+
+    def state(self) -> list[npt.NDArray[Any]]:
+        """The arrays of buffers that have just been compacted, for `restore`."""
+        return [*self.index.state(), *self.sides[0].state(), *self.sides[1].state()]
+
+    def restore(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        """Takes the arrays of `state`."""
+        self.index.extend(arrays[0], arrays[1])
+        self.sides[0].restore(arrays[2:5])
+        self.sides[1].restore(arrays[5:8])
+        self._remember()
+
+    def _remember(self) -> None:
+        self.rows_then = sum(len(side.rows) for side in self.sides)
+        self.newest_then_us = max(int(side.rows[:, TIME].max(initial=-NEVER_US)) for side in self.sides)
+        self._bytes_then = sum(side.used_bytes for side in self.sides)
+        self._keys_then = len(self.index)
+
+    def write(self, pairs: Ints, nulls: Bytes) -> tuple[list[bytes], list[bytes]]:
+        """The keys and values of pairs [M, 2] of rows, of which the right one may be missing."""
+        left, right = (side.held for side in self.sides)
+        lefts = left.rows[pairs[:, 0]]
+        rights = np.full((len(pairs), 2), NO_ROW, dtype=np.int64)
+        found = pairs[:, 1] != NO_ROW
+        rights[found] = right.rows[pairs[found, 1], MIDDLE : END + 1]
+        nothing = np.full((len(pairs), 2), NO_ROW, dtype=np.int64)
+        keys = texts(left.text, np.ascontiguousarray(lefts[:, START : MIDDLE + 1]), left.text, nothing, NOTHING)
+        spans = np.ascontiguousarray(lefts[:, MIDDLE : END + 1])
+        return keys, texts(left.text, spans, right.text, rights, nulls)
+
+
+NOTHING = read_only(np.zeros(0, dtype=np.uint8))
+
+
+def texts(left: Bytes, left_spans: Ints, right: Bytes, right_spans: Ints, nothing: Bytes) -> list[bytes]:
+    """Each left span [N, 2] and after it its right one, or `nothing` where that starts at -1."""
+    text, ends = joined(read_only(left), left_spans, read_only(right), right_spans, nothing)
+    data = text.tobytes()
+    return [data[start:end] for start, end in pairwise(ends.tolist())]
+
+
+@kernel
+def insert(held: Held, arrived: Arrived, record: int) -> int:
+    """Appends a record and puts it into the chain of its key; returns its row."""
+    row = append(held, arrived, record)
+    rows, key, time = held.rows, arrived.ids[record], arrived.times[record]
+    newer, older = NO_ROW, held.newest[key]
+    while older != NO_ROW and rows[older, TIME] > time:
+        newer, older = older, rows[older, OLDER]
+    rows[row, OLDER] = older
+    if newer == NO_ROW:
+        held.newest[key] = row
+    else:
+        rows[newer, OLDER] = row
+    return row
+
+
+@kernel
+def append(held: Held, arrived: Arrived, record: int) -> int:
+    """Appends a record, for which there is room, and returns its row."""
+    row, used = held.fill[COUNT], held.fill[USED]
+    rows, to = held.rows, address(held.text)
+    rows[row, KEY], rows[row, TIME], rows[row, START] = arrived.ids[record], arrived.times[record], used
+    start, end = arrived.keys[record, 0], arrived.keys[record, 1]
+    copy(to + used, address(arrived.text) + start, end - start)
+    used += end - start
+    rows[row, MIDDLE] = used
+    start, end = arrived.bodies[record, 0], arrived.bodies[record, 1]
+    copy(to + used, address(arrived.body) + start, end - start)
+    used += end - start
+    rows[row, END], rows[row, OLDER], rows[row, MATCHED] = used, NO_ROW, 0
+    held.fill[COUNT], held.fill[USED] = row + 1, used
+    return int(row)
+
+
+@kernel
+def push(held: Held, row: int) -> None:
+    """Lets a row wait."""
+    heap, rows, at = held.heap, held.rows, held.fill[WAITING]
+    held.fill[WAITING] += 1
+    while at > 0:
+        parent = (at - 1) >> 1
+        if not _before(rows, row, heap[parent]):
+            break
+        heap[at] = heap[parent]
+        at = parent
+    heap[at] = row
+
+
+@kernel
+def pop(held: Held) -> int:
+    """Takes out the row of the least time that waits, of equal times the first that came; there must be one."""
+    heap, rows = held.heap, held.rows
+    held.fill[WAITING] -= 1
+    count = held.fill[WAITING]
+    first, last, at = heap[0], heap[count], 0
+    while 2 * at + 1 < count:
+        child = 2 * at + 1
+        if child + 1 < count and _before(rows, heap[child + 1], heap[child]):
+            child += 1
+        if not _before(rows, heap[child], last):
+            break
+        heap[at] = heap[child]
+        at = child
+    heap[at] = last
+    return int(first)
+
+
+@kernel
+def with_room(pairs: Ints, count: int) -> Ints:
+    """The pairs, with room for one more."""
+    if count < len(pairs):
+        return pairs
+    larger = np.empty((2 * len(pairs), 2), dtype=np.int64)
+    larger[:count] = pairs
+    return larger
+
+
+@kernel
+def _before(rows: Ints, one: int, other: int) -> bool:
+    return rows[one, TIME] < rows[other, TIME] or (rows[one, TIME] == rows[other, TIME] and one < other)
+
+
+@kernel
+def _kept(rows: Ints, text: Bytes, kept: Bools, numbers: Ints) -> tuple[Ints, Bytes]:
+    """The kept rows with their keys' new numbers, `OLDER` still as before, and their bytes in the same order."""
+    count, used = 0, 0
+    for row in range(len(kept)):
+        if kept[row]:
+            count += 1
+            used += rows[row, END] - rows[row, START]
+    found, found_text = np.empty((count, rows.shape[1]), dtype=np.int64), np.empty(used, dtype=np.uint8)
+    count, used = 0, 0
+    for row in range(len(kept)):
+        if not kept[row]:
+            continue
+        start = rows[row, START]
+        found[count] = rows[row]
+        found[count, KEY] = numbers[rows[row, KEY]]
+        found[count, START], found[count, MIDDLE] = used, used + rows[row, MIDDLE] - start
+        copy(address(found_text) + used, address(text) + start, rows[row, END] - start)
+        used += rows[row, END] - start
+        found[count, END] = used
+        count += 1
+    return found, found_text
+
+
+@kernel
+def _first_seen(keys: Ints, known: int) -> tuple[Ints, Ints]:
+    """New numbers [known] of keys in the order of their first sight, -1 for others, and the keys in that order."""
+    numbers = np.full(known, NO_ROW, dtype=np.int64)
+    order = np.empty(known, dtype=np.int64)
+    count = 0
+    for key in keys:
+        if numbers[key] == NO_ROW:
+            numbers[key] = count
+            order[count] = key
+            count += 1
+    return numbers, order[:count].copy()

@@ -1,0 +1,70 @@
+"""What look-ups have in common: each event comes out once, in order, with fields found by its key; nothing waits."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+from streaming.derivation import Derivation
+from streaming.derived import Derived
+from streaming.join_buffer import NO_ROW, NOTHING, texts
+from streaming.join_input import FUTURE, FUTURE_US, READ, Events, LeftInput, refused
+from streaming.records import Bytes, Ints, RecordBatch
+from streaming.windows import NEVER_US
+
+
+class Lookup(ABC):
+    """A look-up for the events of one partition.
+
+    Args:
+        derivation: What is looked up.
+
+    Raises:
+        PlanError: It cannot be.
+    """
+
+    buffered_bytes = 0
+
+    def __init__(self, derivation: Derivation) -> None:
+        self._left = LeftInput(derivation.inputs[0], derivation.on, derivation.key)
+        self._clock_us = -NEVER_US
+
+    @property
+    def clocks_us(self) -> tuple[int, ...]:
+        """The greatest event time."""
+        return (self._clock_us,)
+
+    def process(self, side: int, batch: RecordBatch, now_us: int) -> Derived:
+        """The events with what was found for them.
+
+        Raises:
+            OSError: What is looked up is away; nothing has changed, and the same records can be given again.
+        """
+        events, unread = self._left.read(batch)
+        future = events.readable & (events.times > now_us + FUTURE_US)
+        events = events._replace(readable=events.readable & ~future)
+        rows = np.flatnonzero(events.readable)
+        tails, spans, nulls = self._find(events, now_us)
+        nothing = np.full((len(rows), 2), NO_ROW, dtype=np.int64)
+        keys = texts(events.keys_text, events.keys[rows], NOTHING, nothing, NOTHING)
+        values = texts(events.body, events.bodies[rows], tails, spans[rows], nulls)
+        self._clock_us = max(self._clock_us, int(events.times[rows].max(initial=-NEVER_US)))
+        verdicts = np.where(future, FUTURE, READ)
+        rejects = refused(batch, events.times, verdicts, np.full(len(verdicts), now_us), unread)
+        return Derived(keys, values, [(side, reject) for reject in rejects])
+
+    def tick(self, now_us: int, idle: Sequence[int] = (0, 1)) -> Derived:
+        """Nothing waits for the clock."""
+        return Derived([], [], [])
+
+    def drain(self) -> Derived:
+        """Nothing waits."""
+        return Derived([], [], [])
+
+    def snapshot(self) -> bytes:
+        """Nothing is kept."""
+        return b""
+
+    @abstractmethod
+    def _find(self, events: Events, now_us: int) -> tuple[Bytes, Ints, Bytes]:
+        """What follows on each of N readable events: text, spans [N, 2] or -1, and what stands where there is none."""

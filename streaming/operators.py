@@ -1,0 +1,34 @@
+"""The operator of each kind of derivation."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from streaming.as_of_join import AsOfJoin
+from streaming.buffered_join import BufferedJoin
+from streaming.derivation import Derivation
+from streaming.derived import Operator
+from streaming.feature_lookup import FeatureLookup
+from streaming.interval_join import IntervalJoin
+from streaming.rekeying import Rekeying
+from streaming.table_lookup import TableLookup
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+
+def open_operator(derivation: Derivation, store: "FeatureStore") -> Callable[[int, bytes], Operator]:
+    """What makes the operator of a partition, given its number and its state (empty: none yet).
+
+    Raises:
+        PlanError: the derivation does not fit its kind.
+    """
+    match derivation.kind:
+        case "rekeyed":
+            return lambda partition, state: Rekeying(derivation)
+        case "interval_join" | "as_of_join" as kind:
+            join: type[BufferedJoin] = IntervalJoin if kind == "interval_join" else AsOfJoin
+            return lambda partition, state: join.restore(derivation, state) if state else join(derivation)
+        case "table_lookup":
+            return lambda partition, state: TableLookup(derivation, str(store.repo_path))
+        case "feature_lookup":
+            return lambda partition, state: FeatureLookup(derivation, store)

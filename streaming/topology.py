@@ -1,0 +1,104 @@
+"""Which topics views and derivations read and write, in which order: made, counted and checked before a stream runs.
+
+A derived topic has as many partitions as its input had when it was made. The two inputs of a join must have equally
+many, because a partition of one is joined with the partition of the same number of the other.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from kafka.errors import KafkaError
+
+from streaming import events
+from streaming.derivation import Derivation
+from streaming.plan import Plan
+from streaming.topics import ensure_topics
+
+log = logging.getLogger(__name__)
+
+BROKER_S = 60.0
+DERIVED_BYTES = 8 << 20
+PARTITIONS = {topic.name: topic.partitions for topic in vars(events).values() if isinstance(topic, events.Topic)}
+
+
+class SupervisorError(ValueError):
+    """Why a stream cannot run, in one sentence."""
+
+
+def input_topics(plan: Plan | Derivation) -> list[str]:
+    """The topics that are read."""
+    return [plan.topic] if isinstance(plan, Plan) else [each.topic for each in plan.inputs]
+
+
+def stages(plans: Sequence[Plan | Derivation]) -> list[list[Plan | Derivation]]:
+    """What can be computed to its end at the same time, one after the other: nothing reads what comes later."""
+    rest, staged = list(plans), []
+    while rest:
+        missing = {plan.name for plan in rest if isinstance(plan, Derivation)}
+        stage = [plan for plan in rest if not missing.intersection(input_topics(plan))]
+        rest = [plan for plan in rest if plan not in stage]
+        staged.append(stage)
+    return staged
+
+
+def check_partitions(plan: Plan | Derivation, counts: Mapping[str, int]) -> None:
+    """Make sure that joined topics have equally many partitions.
+
+    Raises:
+        SupervisorError: they have not.
+    """
+    topics = input_topics(plan)
+    if len({counts[topic] for topic in topics}) > 1:
+        raise SupervisorError(
+            f"Derived topic {plan.view!r} joins {topics[0]!r} with {counts[topics[0]]} partitions and {topics[1]!r}"
+            f" with {counts[topics[1]]}: give both equally many, keyed by the field that they are joined on."
+        )
+
+
+def prepare(plans: Sequence[Plan | Derivation], stopping: Callable[[], bool]) -> dict[str, int]:
+    """Make the topics that are read and written where they are missing; how many partitions each has.
+
+    Args:
+        plans: derivations before what reads them.
+        stopping: whether to wait no longer for a broker.
+
+    Raises:
+        SupervisorError: no broker answers, or joined topics have different numbers of partitions.
+    """
+    counts: dict[str, int] = {}
+    for plan in plans:
+        for topic in input_topics(plan):
+            if topic not in counts:
+                counts |= _make(plan, {topic: PARTITIONS.get(topic, 1)} | _rejects(topic), stopping)
+        if isinstance(plan, Derivation):
+            check_partitions(plan, counts)
+            # A joined record can be twice as long as what brokers take by default.
+            configs = {"max.message.bytes": str(DERIVED_BYTES)}
+            counts |= _make(plan, {plan.name: counts[plan.topic]}, stopping, configs)
+            counts |= _make(plan, _rejects(plan.name), stopping)
+    return counts
+
+
+def _rejects(topic: str) -> dict[str, int]:
+    return {events.dead(topic): 1, events.late(topic): 1}
+
+
+def _make(
+    plan: Plan | Derivation,
+    topics: Mapping[str, int],
+    stopping: Callable[[], bool],
+    configs: Mapping[str, str] | None = None,
+) -> dict[str, int]:
+    deadline_s = time.monotonic() + BROKER_S
+    while True:
+        try:
+            return ensure_topics(plan.bootstrap_servers, topics, configs)
+        except KafkaError as error:
+            if time.monotonic() > deadline_s or stopping():
+                raise SupervisorError(
+                    f"No Kafka broker answers at {plan.bootstrap_servers} (view {plan.view!r}): start one, or set"
+                    f" KAFKA_BOOTSTRAP_SERVERS. {error!r}"
+                ) from error
+            log.warning("no broker yet", extra={"servers": plan.bootstrap_servers, "error": repr(error)})
+            time.sleep(1.0)
