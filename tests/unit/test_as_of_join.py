@@ -179,7 +179,7 @@ TOLERANCES = st.none() | st.integers(0, 30)
 DELAYS = st.tuples(st.integers(0, 20), st.integers(0, 20))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     script=steps(),
     tolerance=TOLERANCES,
