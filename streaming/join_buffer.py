@@ -182,6 +182,11 @@ class Buffers:
         """Memory that is held."""
         return self.index.nbytes + sum(side.nbytes for side in self.sides)
 
+    def bytes_after(self, time_us: int) -> int:
+        """Memory that rows of later times take."""
+        later = [side.rows[side.rows[:, TIME] > time_us] for side in self.sides]
+        return sum(rows.nbytes + int((rows[:, END] - rows[:, START]).sum()) for rows in later)
+
     def arrive(self, side: int, events: Events, now_us: int) -> Arrived:
         """Records of a side, for which there is room then on both."""
         ids = self.index.ids(events.text, events.entities, events.readable)
