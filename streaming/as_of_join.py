@@ -16,6 +16,7 @@ from streaming.buffered_join import BufferedJoin
 from streaming.compile_kernels import kernel
 from streaming.derivation import Derivation
 from streaming.join_buffer import (
+    AHEAD,
     KEY,
     MATCHED,
     NO_ROW,
@@ -25,6 +26,7 @@ from streaming.join_buffer import (
     Arrived,
     Held,
     append,
+    ask_for,
     insert,
     pop,
     push,
@@ -90,6 +92,7 @@ def _take_left(
     pairs, count = np.empty((len(arrived.ids), 2), dtype=np.int64), 0
     mark = clocks[1] - delays[1]
     for record in range(len(arrived.ids)):
+        ask_for(left, right, arrived, record + AHEAD)
         key, time = arrived.ids[record], arrived.times[record]
         if key < 0:
             continue
@@ -125,6 +128,7 @@ def _take_right(
     """Takes right events one by one; gives the left events that come out, with their right row or none."""
     pairs, count = np.empty((16, 2), dtype=np.int64), 0
     for record in range(len(arrived.ids)):
+        ask_for(left, right, arrived, record + AHEAD)
         key, time = arrived.ids[record], arrived.times[record]
         if key < 0:
             continue
@@ -145,7 +149,7 @@ def _take_right(
 @kernel
 def _release(tolerance: int, mark: int, left: Held, right: Held, pairs: Ints, count: int) -> tuple[Ints, int]:
     """Adds the left events that the right side's watermark has passed, by time and then by arrival."""
-    while left.fill[WAITING] > 0 and left.rows[left.heap[0], TIME] < mark:
+    while left.fill[WAITING] > 0 and left.heap[0, 0] < mark:
         row = pop(left)
         left.rows[row, MATCHED] = 1
         pairs = with_room(pairs, count)

@@ -63,10 +63,11 @@ class BufferedJoin(ABC):
     def tick(self, now_us: int, idle: Sequence[int] = (0, 1)) -> Derived:
         """Lets the clocks of sides that are read to their end follow the wall clock.
 
-        Where more than 64 MiB are held, such a side catches up with the other one at once, so that a replayed stream
-        does not wait in memory for another that has ended.
+        Where more than 64 MiB wait beyond the watermark, such a side catches up with the other one at once, so that a
+        replayed stream does not wait in memory for another that has ended.
         """
-        self._clock.tick(now_us, idle, self.buffered_bytes > HELD_BYTES)
+        full = self.buffered_bytes > HELD_BYTES and self._buffers.bytes_after(self._clock.mark_us) > HELD_BYTES
+        self._clock.tick(now_us, idle, full)
         return self._derived(self._release(self._clock.mark_us))
 
     def drain(self) -> Derived:

@@ -13,7 +13,21 @@ import numpy as np
 from streaming.buffered_join import BufferedJoin
 from streaming.compile_kernels import kernel
 from streaming.derivation import Derivation
-from streaming.join_buffer import MATCHED, NO_ROW, OLDER, TIME, WAITING, Arrived, Held, insert, pop, push, with_room
+from streaming.join_buffer import (
+    AHEAD,
+    MATCHED,
+    NO_ROW,
+    OLDER,
+    TIME,
+    WAITING,
+    Arrived,
+    Held,
+    ask_for,
+    insert,
+    pop,
+    push,
+    with_room,
+)
 from streaming.join_input import FUTURE, FUTURE_US, LATE
 from streaming.records import Bools, Ints
 
@@ -97,6 +111,7 @@ def _take(
     mark = min(clocks[0] - delays[0], clocks[1] - delays[1])
     left = own if side == 0 else other
     for record in range(len(arrived.ids)):
+        ask_for(own, other, arrived, record + AHEAD)
         if arrived.ids[record] < 0:
             continue
         time = arrived.times[record]
@@ -133,7 +148,7 @@ def _take(
 @kernel
 def _release(interval: _Interval, mark: int, left: Held, pairs: Ints, count: int) -> tuple[Ints, int]:
     """Adds the left rows without a partner that the watermark has passed, by time and then by arrival."""
-    while left.fill[WAITING] > 0 and left.rows[left.heap[0], TIME] + interval.latest < mark:
+    while left.fill[WAITING] > 0 and left.heap[0, 0] + interval.latest < mark:
         row = pop(left)
         if left.rows[row, MATCHED] == 0:
             pairs = with_room(pairs, count)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from streaming.compile_kernels import kernel
 from streaming.join_input import Events
 from streaming.keys import KeyIndex
-from streaming.memory import address, copy
+from streaming.memory import address, copy, prefetch
 from streaming.raw_json import joined, read_only
 from streaming.records import Bools, Bytes, Ints
 from streaming.windows import NEVER_US, grown
@@ -23,10 +23,13 @@ from streaming.windows import NEVER_US, grown
 KEY, TIME, START, MIDDLE, END, OLDER, MATCHED = range(7)
 COUNT, USED, WAITING = range(3)
 NO_ROW = -1
+AHEAD = 8
 
 _WIDTH = 7
 _FEW_ROWS = 8_192
 _FEW_BYTES = 4 << 20
+_SPARE_ROWS = 256
+_SPARE_BYTES = 16 << 10
 
 
 class Arrived(NamedTuple):
@@ -59,7 +62,7 @@ class Held(NamedTuple):
             end, the next older row of its key, and whether it has been given out.
         text: The bytes.
         newest: [K] the newest row of each key.
-        heap: [C] the rows that wait for the watermark, the earliest first.
+        heap: [C, 2] time and row of those that wait for the watermark, the earliest first.
         fill: [3] rows, bytes, and rows in the heap.
     """
 
@@ -80,13 +83,7 @@ class Side:
     def __init__(self, waits: bool) -> None:
         self._waits = waits
         nothing = np.zeros(0, dtype=np.int64)
-        self.held = Held(
-            np.zeros((0, _WIDTH), dtype=np.int64),
-            np.zeros(0, dtype=np.uint8),
-            nothing,
-            nothing.copy(),
-            np.zeros(3, dtype=np.int64),
-        )
+        self.held = self._filled(np.zeros((0, _WIDTH), dtype=np.int64), np.zeros(0, dtype=np.uint8), nothing, 0, 0)
 
     @property
     def rows(self) -> Ints:
@@ -132,13 +129,18 @@ class Side:
 
     def keep(self, kept: Bools, numbers: Ints, order: Ints) -> None:
         """Forgets rows but those of `kept` [rows], and numbers keys anew: `order` the old ids, `numbers` the new."""
-        rows, text = _kept(self.held.rows, self.held.text, kept, numbers)
+        old = self.held
+        count = int(kept.sum())
+        used = int((self.rows[kept, END] - self.rows[kept, START]).sum())
+        rows = np.empty((count + count // 2 + _SPARE_ROWS, _WIDTH), dtype=np.int64)
+        text = np.empty(used + used // 2 + _SPARE_BYTES, dtype=np.uint8)
+        _keep(old.rows, old.text, kept, numbers, rows, text)
         moved = np.append(np.where(kept, np.cumsum(kept) - 1, NO_ROW), NO_ROW)
-        rows[:, OLDER] = moved[rows[:, OLDER]]
+        rows[:count, OLDER] = moved[rows[:count, OLDER]]
         newest = np.full(len(order), NO_ROW, dtype=np.int64)
-        known = order < len(self.held.newest)
-        newest[known] = moved[self.held.newest[order[known]]]
-        self._take(rows, text, newest)
+        known = order < len(old.newest)
+        newest[known] = moved[old.newest[order[known]]]
+        self.held = self._filled(rows, text, newest, count, used)
 
     def state(self) -> list[npt.NDArray[Any]]:
         """The arrays of a side that has just been compacted, for `restore`."""
@@ -147,11 +149,15 @@ class Side:
     def restore(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Takes the arrays of `state`."""
         rows, text, newest = (array.copy() for array in arrays)
-        self._take(rows, text, newest)
+        self.held = self._filled(rows, text, newest, len(rows), len(text))
 
-    def _take(self, rows: Ints, text: Bytes, newest: Ints) -> None:
-        heap = np.argsort(rows[:, TIME], kind="stable") if self._waits else np.zeros(0, dtype=np.int64)
-        self.held = Held(rows, text, newest, heap, np.array([len(rows), len(text), len(heap)], dtype=np.int64))
+    def _filled(self, rows: Ints, text: Bytes, newest: Ints, count: int, used: int) -> Held:
+        """The arrays of so many rows and bytes, all of which wait if any does."""
+        heap, waiting = np.empty((len(rows) if self._waits else 0, 2), dtype=np.int64), 0
+        if self._waits:
+            order = np.argsort(rows[:count, TIME], kind="stable")
+            heap[:count, 0], heap[:count, 1], waiting = rows[order, TIME], order, count
+        return Held(rows, text, newest, heap, np.array([count, used, waiting], dtype=np.int64))
 
 
 class Buffers:
@@ -175,6 +181,11 @@ class Buffers:
     def nbytes(self) -> int:
         """Memory that is held."""
         return self.index.nbytes + sum(side.nbytes for side in self.sides)
+
+    def bytes_after(self, time_us: int) -> int:
+        """Memory that rows of later times take."""
+        later = [side.rows[side.rows[:, TIME] > time_us] for side in self.sides]
+        return sum(rows.nbytes + int((rows[:, END] - rows[:, START]).sum()) for rows in later)
 
     def arrive(self, side: int, events: Events, now_us: int) -> Arrived:
         """Records of a side, for which there is room then on both."""
@@ -278,34 +289,43 @@ def append(held: Held, arrived: Arrived, record: int) -> int:
 @kernel
 def push(held: Held, row: int) -> None:
     """Lets a row wait."""
-    heap, rows, at = held.heap, held.rows, held.fill[WAITING]
+    heap, time, at = held.heap, held.rows[row, TIME], held.fill[WAITING]
     held.fill[WAITING] += 1
     while at > 0:
         parent = (at - 1) >> 1
-        if not _before(rows, row, heap[parent]):
+        if not _before(time, row, heap[parent, 0], heap[parent, 1]):
             break
-        heap[at] = heap[parent]
+        heap[at, 0], heap[at, 1] = heap[parent, 0], heap[parent, 1]
         at = parent
-    heap[at] = row
+    heap[at, 0], heap[at, 1] = time, row
 
 
 @kernel
 def pop(held: Held) -> int:
     """Takes out the row of the least time that waits, of equal times the first that came; there must be one."""
-    heap, rows = held.heap, held.rows
+    heap = held.heap
     held.fill[WAITING] -= 1
     count = held.fill[WAITING]
-    first, last, at = heap[0], heap[count], 0
+    first, time, row, at = heap[0, 1], heap[count, 0], heap[count, 1], 0
     while 2 * at + 1 < count:
         child = 2 * at + 1
-        if child + 1 < count and _before(rows, heap[child + 1], heap[child]):
+        if child + 1 < count and _before(heap[child + 1, 0], heap[child + 1, 1], heap[child, 0], heap[child, 1]):
             child += 1
-        if not _before(rows, heap[child], last):
+        if not _before(heap[child, 0], heap[child, 1], time, row):
             break
-        heap[at] = heap[child]
+        heap[at, 0], heap[at, 1] = heap[child, 0], heap[child, 1]
         at = child
-    heap[at] = last
+    heap[at, 0], heap[at, 1] = time, row
     return int(first)
+
+
+@kernel
+def ask_for(own: Held, other: Held, arrived: Arrived, record: int) -> None:
+    """Begins to fetch the newest rows of the key of a record that is taken soon."""
+    if record < len(arrived.ids) and arrived.ids[record] >= 0:
+        key, size = arrived.ids[record], 8 * own.rows.shape[1]
+        prefetch(address(own.rows) + size * own.newest[key])
+        prefetch(address(other.rows) + size * other.newest[key])
 
 
 @kernel
@@ -319,32 +339,25 @@ def with_room(pairs: Ints, count: int) -> Ints:
 
 
 @kernel
-def _before(rows: Ints, one: int, other: int) -> bool:
-    return rows[one, TIME] < rows[other, TIME] or (rows[one, TIME] == rows[other, TIME] and one < other)
+def _before(time: int, row: int, other_time: int, other_row: int) -> bool:
+    return time < other_time or (time == other_time and row < other_row)
 
 
 @kernel
-def _kept(rows: Ints, text: Bytes, kept: Bools, numbers: Ints) -> tuple[Ints, Bytes]:
-    """The kept rows with their keys' new numbers, `OLDER` still as before, and their bytes in the same order."""
-    count, used = 0, 0
-    for row in range(len(kept)):
-        if kept[row]:
-            count += 1
-            used += rows[row, END] - rows[row, START]
-    found, found_text = np.empty((count, rows.shape[1]), dtype=np.int64), np.empty(used, dtype=np.uint8)
+def _keep(rows: Ints, text: Bytes, kept: Bools, numbers: Ints, to_rows: Ints, to_text: Bytes) -> None:
+    """Copies the kept rows with their keys' new numbers, `OLDER` still as before, and their bytes."""
     count, used = 0, 0
     for row in range(len(kept)):
         if not kept[row]:
             continue
-        start = rows[row, START]
-        found[count] = rows[row]
-        found[count, KEY] = numbers[rows[row, KEY]]
-        found[count, START], found[count, MIDDLE] = used, used + rows[row, MIDDLE] - start
-        copy(address(found_text) + used, address(text) + start, rows[row, END] - start)
-        used += rows[row, END] - start
-        found[count, END] = used
+        start, length = rows[row, START], rows[row, END] - rows[row, START]
+        to_rows[count] = rows[row]
+        to_rows[count, KEY] = numbers[rows[row, KEY]]
+        to_rows[count, START], to_rows[count, MIDDLE] = used, used + rows[row, MIDDLE] - start
+        copy(address(to_text) + used, address(text) + start, length)
+        used += length
+        to_rows[count, END] = used
         count += 1
-    return found, found_text
 
 
 @kernel

@@ -179,7 +179,7 @@ TOLERANCES = st.none() | st.integers(0, 30)
 DELAYS = st.tuples(st.integers(0, 20), st.integers(0, 20))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     script=steps(),
     tolerance=TOLERANCES,
@@ -292,6 +292,20 @@ def test_memory_holds_the_last_price_of_each_item_and_what_waits(tolerance_ms):
     assert max(sizes[12:]) < 1.5 * max(sizes[:12])
     assert len(operator.snapshot()) < 1 << 16
     assert given_ + len(operator.drain().values) == 100_000
+
+
+@pytest.mark.parametrize("ahead", [0, 5_000])
+def test_an_idle_side_is_not_hurried_by_a_large_state_but_by_what_waits(monkeypatch, ahead):
+    monkeypatch.setattr("streaming.buffered_join.HELD_BYTES", 1 << 18)
+    operator = AsOfJoin(join())
+    prices = [Event(f"item-{number}", 10, number).value(1) for number in range(5_000)]
+    operator.process(1, RecordBatch.of_values(prices, 0), NOW_US)
+    orders = [Event("item-1", 20 + number, number).value(0) for number in range(1 + ahead)]
+    operator.process(0, RecordBatch.of_values(orders, 0), NOW_US)
+    assert operator.buffered_bytes > 1 << 18
+    given_ = operator.tick(NOW_US + MS, (1,))
+    assert operator.clocks_us[1] == (11 if not ahead else 20 + ahead) * MS
+    assert len(given_.values) == ahead
 
 
 def test_a_snapshot_of_another_declaration_is_refused():
