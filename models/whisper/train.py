@@ -29,7 +29,6 @@ from models.whisper.predict import WhisperPredictor
 logger = logging.getLogger(__name__)
 
 BATCH = 32
-SCHEDULING = {"name", "workers", "cpus_per_worker", "max_failures", "log_every", "keep"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class WhisperTask:
     validation: tuple[Utterance, ...]
 
     primary = "wer"
+    higher_is_better = False
 
     @property
     def size(self) -> int:
@@ -263,7 +263,9 @@ def _rates(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
 
 def _fingerprint(config: WhisperConfig, found: Splits) -> str:
     """A hash of what decides the weights: data, network and recipe, but not how the work is scheduled."""
-    deciding = config.model_dump(mode="json", exclude={"evaluate": True, "registered_name": True, "train": SCHEDULING})
+    deciding = config.model_dump(
+        mode="json", exclude={"evaluate": True, "registered_name": True, "train": set(trainer.SCHEDULING)}
+    )
     total = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
     for one in (*found.train, *found.validation, *found.test):
         total.update(f"{one.id}\0{one.text}\0".encode())
