@@ -39,7 +39,20 @@ from models.training.order import Sample, pick
 from models.training.task import Task
 from models.training.worker import Listener, Worker
 
-__all__ = ["SCHEDULING", "Fit", "Sample", "Task", "TrainConfig", "TrainingStopped", "fit", "load_weights", "pick"]
+__all__ = [
+    "ATTEMPTS",
+    "FAILURES",
+    "SCHEDULING",
+    "Fit",
+    "Sample",
+    "Task",
+    "TrainConfig",
+    "TrainingStopped",
+    "checkpoints",
+    "fit",
+    "load_weights",
+    "pick",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +81,15 @@ class Fit:
     seconds: float
 
 
-def fit(task: Task, config: TrainConfig, *, folder: Path, config_hash: str, tracking_uri: str, run_id: str) -> Fit:
+def fit(
+    task: Task,
+    config: TrainConfig,
+    *,
+    folder: Path,
+    config_hash: str,
+    tracking_uri: str | None = None,
+    run_id: str | None = None,
+) -> Fit:
     """Train, from the last sound checkpoint in the store if there is one, and survive the death of workers.
 
     Args:
@@ -76,8 +97,8 @@ def fit(task: Task, config: TrainConfig, *, folder: Path, config_hash: str, trac
         config: how.
         folder: the run's own, absolute, on a disk that all nodes share.
         config_hash: of everything that decides the weights; checkpoints of another one are refused.
-        tracking_uri: MLflow's address, as the workers reach it.
-        run_id: the MLflow run to which progress and metrics go.
+        tracking_uri: MLflow's address, as the workers reach it. None: progress and metrics go to the log alone.
+        run_id: the MLflow run to which they go.
 
     Ray must be initialised. Raises what Ray Train raises when the failures are more than `config.max_failures`, and
     TrainingStopped after SIGINT or SIGTERM, whose handlers it replaces meanwhile if it runs in the main thread.
@@ -85,7 +106,7 @@ def fit(task: Task, config: TrainConfig, *, folder: Path, config_hash: str, trac
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     arguments = _Arguments(ray.put(task), config, folder, config_hash, tracking_uri, run_id)
-    store = arguments.store()
+    store = checkpoints(config, folder, config_hash)
     with _stopping(store):
         _in_thread(_trainer(arguments).fit)
     last = store.recover()
@@ -114,19 +135,20 @@ def load_weights(network: nn.Module, path: Path) -> None:
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["network"])
 
 
+def checkpoints(config: TrainConfig, folder: Path, config_hash: str) -> CheckpointStore:
+    """Where a run in a folder has its checkpoints."""
+    place = f"{config.storage.rstrip('/')}/{folder.name}" if config.storage else str(folder)
+    return CheckpointStore.at(f"{place}/checkpoints", config_hash, config.keep)
+
+
 @dataclass(frozen=True)
 class _Arguments:
     task: "ray.ObjectRef[Task]"
     config: TrainConfig
     folder: Path
     config_hash: str
-    tracking_uri: str
-    run_id: str
-
-    def store(self) -> CheckpointStore:
-        storage = self.config.storage
-        place = f"{storage.rstrip('/')}/{self.folder.name}" if storage else str(self.folder)
-        return CheckpointStore.at(f"{place}/checkpoints", self.config_hash, self.config.keep)
+    tracking_uri: str | None
+    run_id: str | None
 
 
 def _trainer(arguments: _Arguments) -> ray.train.torch.TorchTrainer:
@@ -172,9 +194,14 @@ def _work(loop_config: Mapping[str, _Arguments]) -> None:
     torch.set_num_threads(max(1, cores // dist.get_world_size()))
 
     @cache
-    def run() -> Run:
+    def run() -> Run | None:
         """Opened by rank 0 only, which alone reports."""
-        return Run(arguments.tracking_uri, arguments.run_id)
+        uri, run_id = arguments.tracking_uri, arguments.run_id
+        return Run(uri, run_id) if uri is not None and run_id is not None else None
+
+    def metrics(values: Mapping[str, float], step: int) -> None:
+        if (opened := run()) is not None:
+            opened.log_metrics(values, step)
 
     def started(step: int) -> None:
         pids: list[object] = [None] * dist.get_world_size()
@@ -186,11 +213,12 @@ def _work(loop_config: Mapping[str, _Arguments]) -> None:
 
     listener = Listener(
         started=started,
-        metrics=lambda metrics, step: run().log_metrics(metrics, step),
+        metrics=metrics,
         validated=lambda metrics: ray.train.report(dict(metrics)),
     )
-    task = ray.get(arguments.task)
-    Worker(task, arguments.config, arguments.store(), ray.train.torch.get_device(), listener).train()
+    task, config = ray.get(arguments.task), arguments.config
+    store = checkpoints(config, arguments.folder, arguments.config_hash)
+    Worker(task, config, store, ray.train.torch.get_device(), listener).train()
 
 
 def _export(store: CheckpointStore, checkpoint: Checkpoint, path: Path) -> Path:

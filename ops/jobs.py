@@ -15,6 +15,14 @@ from typing import NoReturn
 from ops.layout import REPOSITORY
 
 RAY_TRIES = 4
+INTERRUPTED = 130
+RECOVERY = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+}
+"""What Ray must know before it starts to notice soon that a training worker is dead or hangs, and to start another."""
 
 
 class JobError(Exception):
@@ -45,7 +53,8 @@ def ray_session() -> Iterator[None]:
     if not inside_cluster:
         os.environ.pop("RAY_ADDRESS", None)
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **RECOVERY}.items():
+        os.environ.setdefault(name, value)
 
     import ray
 
@@ -81,7 +90,8 @@ def start_ray(num_cpus: int, folder: str | None = None) -> None:
 def run(main: Callable[[], Mapping[str, object]]) -> NoReturn:
     """Run a job: its result as one JSON line, or its user's error as one line on standard error and exit code 2.
 
-    A user's error is a JobError, or a ValueError that our own code raised; anything else keeps its traceback.
+    A user's error is a JobError, or a ValueError that our own code raised; anything else keeps its traceback. A job
+    that is interrupted ends with one line and exit code 130.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     logging.getLogger("kafka").setLevel(logging.WARNING)  # a dozen lines a connection otherwise
@@ -92,6 +102,9 @@ def run(main: Callable[[], Mapping[str, object]]) -> NoReturn:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt as interruption:
+        print(f"stopped: {interruption or 'interrupted'}", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
     print(json.dumps(result, default=str), flush=True)
     sys.exit(0)
 

@@ -51,17 +51,29 @@ def train(task: Task, config: TrainConfig, store: CheckpointStore) -> Told:
         try:
             told = receiver.recv()
         except EOFError:
-            raise ProcessError("A process of the training failed; its error is on standard error.") from None
+            raise ProcessError("A process of the training was killed.") from None
         finally:
             receiver.close()
             for process in processes:
                 process.join(10)
                 process.kill()
-    assert isinstance(told, Told)  # noqa: S101
+    if not isinstance(told, Told):
+        raise ProcessError(str(told))
     return told
 
 
 def _work(rank: int, meeting: str, task: Task, config: TrainConfig, store: CheckpointStore, sender: Connection) -> None:
+    """Send what rank 0 was told, or what went wrong on any rank."""
+    try:
+        told = _train(rank, meeting, task, config, store)
+    except Exception as error:
+        sender.send(f"{type(error).__name__}: {error}")
+        raise
+    if rank == 0:
+        sender.send(told)
+
+
+def _train(rank: int, meeting: str, task: Task, config: TrainConfig, store: CheckpointStore) -> Told:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.fewest_workers))
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=config.fewest_workers)
@@ -77,5 +89,4 @@ def _work(rank: int, meeting: str, task: Task, config: TrainConfig, store: Check
     Worker(task, config, store, torch.device("cpu"), Listener(started, metrics, told.validations.append)).train()
     dist.barrier()
     dist.destroy_process_group()
-    if rank == 0:
-        sender.send(told)
+    return told

@@ -1,8 +1,10 @@
 """One worker's loop in several processes on gloo: every parallelism learns what a single process learns."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from models.checkpoints import Checkpoint, CheckpointStore
 from models.probe.task import ProbeTask
 from models.training import processes, snapshots
 from models.training.config import TrainConfig
+from models.training.faults import FaultyTask
 from models.training.processes import Told
 
 STEPS = 12
@@ -115,3 +118,37 @@ def test_goes_on_with_other_workers_and_another_parallelism(
     assert resumed.told.losses == pytest.approx({s: single.told.losses[s] for s in range(7, 13)}, rel=2e-4)
     for key, value in single.weights.items():
         torch.testing.assert_close(resumed.weights[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_half_precision_and_early_stopping(store: CheckpointStore) -> None:
+    settings = config(precision="fp16", patience=1, steps=60, validate_every=3, schedule="cosine")
+    trained = train(store, settings, ProbeTask(size=24))
+    place = trained.last.facts["place"]
+    assert (place["ended"], place["stale"]) == ("patience", 1)
+    assert trained.last.step < 60
+    accuracies = {one["step"]: one["accuracy"] for one in trained.told.validations}
+    best, step = place["best"][0]
+    assert best == max(accuracies.values()) == accuracies[step]
+    assert step == trained.last.step - 3
+    assert step in store.steps(), "the best one stays"
+    assert min(trained.told.losses.values()) < trained.told.losses[1]
+
+
+def test_asked_to_stop_it_leaves_a_checkpoint_of_that_step(store: CheckpointStore) -> None:
+    def ask() -> None:
+        while not store.steps():
+            time.sleep(0.02)
+        store.ask_to_stop()
+
+    asking = Thread(target=ask)
+    asking.start()
+    stopped = train(store, config(steps=1_000_000, checkpoint_every=100, validate_every=100_000))
+    asking.join()
+    assert stopped.last.facts["place"]["ended"] is None
+    assert stopped.last.step == max(stopped.told.losses)
+
+
+def test_what_cannot_be_cut_or_sliced_ends_at_once(store: CheckpointStore) -> None:
+    faulty = FaultyTask(ProbeTask(), "exception", (0, -1), Path("/nowhere"), store)
+    with pytest.raises(processes.ProcessError, match="FaultyTask has no tensor_plan; set train.parallelism to fsdp."):
+        processes.train(faulty, config(parallelism="tensor"), store)
