@@ -1,6 +1,6 @@
 """The tasks by name: how a configuration file becomes data, something to train, or a whole training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,12 @@ class Kind:
     """What is trained, from a configuration and the splits."""
     train: Callable[..., Mapping[str, object]]
     """Train, evaluate and register: (configuration, splits, *, home, tracking_uri) -> the result of the job."""
+    metrics: Mapping[str, bool]
+    """The metrics of the test split, the primary one first, and whether higher is better."""
+    scores: Callable[[Any, Path], Mapping[str, Sequence[tuple[float, float]]]]
+    """Each metric's (sum, count) of every sample of the test split, by the model in a folder."""
+    split_hash: Callable[[Any], str]
+    """What identifies the test split."""
 
 
 def named(name: str) -> Kind:
@@ -39,21 +45,30 @@ def named(name: str) -> Kind:
     match name:
         case "probe":
             from models.probe.config import ProbeConfig
-            from models.probe.train import task, train
+            from models.probe.train import scores, task, train
 
-            return Kind(ProbeConfig, lambda config, folder: None, task, train)
+            return Kind(
+                config=ProbeConfig,
+                data=lambda config, folder: config,
+                task=task,
+                train=train,
+                metrics={"accuracy": True},
+                scores=scores,
+                split_hash=lambda config: "probe",
+            )
         case "whisper":
             from models.whisper.config import WhisperConfig
             from models.whisper.data import splits
-            from models.whisper.train import WhisperTask
+            from models.whisper.train import WhisperTask, sample_errors
             from models.whisper.train import train as train_whisper
 
             return Kind(
-                WhisperConfig,
-                lambda config, folder: splits(config.data, folder),
-                lambda config, found: WhisperTask(config, found.train, found.validation),
-                train_whisper,
+                config=WhisperConfig,
+                data=lambda config, folder: splits(config.data, folder),
+                task=lambda config, found: WhisperTask(config, found.train, found.validation),
+                train=train_whisper,
+                metrics={"wer": False, "cer": False},
+                scores=sample_errors,
+                split_hash=lambda found: str(found.hash),
             )
-    raise UnknownTask(
-        f"There is no task {name}; a configuration lies in configs/TASK/ with TASK one of: {', '.join(NAMES)}."[:300]
-    )
+    raise UnknownTask(f"There is no task {name}; a configuration lies in a folder named {', '.join(NAMES)}.")

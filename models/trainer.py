@@ -32,7 +32,6 @@ from ray.train.v2.api.callback import UserCallback
 from torch import nn
 
 from models.checkpoints import Checkpoint, CheckpointStore
-from models.runs import Run
 from models.training import snapshots
 from models.training.config import SCHEDULING, TrainConfig
 from models.training.order import Sample, pick
@@ -194,14 +193,15 @@ def _work(loop_config: Mapping[str, _Arguments]) -> None:
     torch.set_num_threads(max(1, cores // dist.get_world_size()))
 
     @cache
-    def run() -> Run | None:
-        """Opened by rank 0 only, which alone reports."""
-        uri, run_id = arguments.tracking_uri, arguments.run_id
-        return Run(uri, run_id) if uri is not None and run_id is not None else None
+    def run() -> Any:
+        """Opened by rank 0, which alone reports; MLflow takes seconds to import, and the others start sooner so."""
+        from models.runs import Run
+
+        return Run(str(arguments.tracking_uri), str(arguments.run_id))
 
     def metrics(values: Mapping[str, float], step: int) -> None:
-        if (opened := run()) is not None:
-            opened.log_metrics(values, step)
+        if arguments.run_id is not None:
+            run().log_metrics(values, step)
 
     def started(step: int) -> None:
         pids: list[object] = [None] * dist.get_world_size()

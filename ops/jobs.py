@@ -53,8 +53,7 @@ def ray_session() -> Iterator[None]:
     if not inside_cluster:
         os.environ.pop("RAY_ADDRESS", None)
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **RECOVERY}.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
     import ray
 
@@ -74,6 +73,9 @@ def start_ray(num_cpus: int, folder: str | None = None) -> None:
     Raises:
         JobError: it did not start in RAY_TRIES tries.
     """
+    for name, value in RECOVERY.items():
+        os.environ.setdefault(name, value)
+
     import ray
 
     for attempt in range(1, RAY_TRIES + 1):

@@ -53,22 +53,22 @@ def main() -> dict[str, object]:
         raise JobError(f"The fault at step {step} must come after the first checkpoint and before the last step.")
     task = kind.task(config, kind.data(config, environment.data))
     faults: list[Fault] = arguments.fault or [fault for fault in get_args(Fault) if fault != "node"]
-    costs: list[Cost] = []
+    found: list[Cost] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         here: list[Fault] = [fault for fault in faults if fault != "node"]
         if here:
             with ray_session():
-                costs += _costs(task, config.train, here, step, Path(folder))
+                found += costs(task, config.train, here, step, Path(folder))
         if "node" in faults:
             shutil.rmtree(Path(folder) / "calm", ignore_errors=True)
             with _two_nodes() as lose_node:
                 elastic = config.train.model_copy(update={"workers": (1, 2), "cpus_per_worker": NODE_CPUS})
-                costs += _costs(task, elastic, ["node"], step, Path(folder), lose_node)
+                found += costs(task, elastic, ["node"], step, Path(folder), lose_node)
     report = arguments.report or environment.home / "reports" / "chaos"
     report.mkdir(parents=True, exist_ok=True)
-    result: dict[str, object] = {"config": str(arguments.config), "faults": [asdict(cost) for cost in costs]}
+    result: dict[str, object] = {"config": str(arguments.config), "faults": [asdict(cost) for cost in found]}
     (report / "chaos.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (report / "chaos.md").write_text(table(costs), encoding="utf-8")
+    (report / "chaos.md").write_text(table(found), encoding="utf-8")
     return result | {"report": str(report)}
 
 
@@ -98,7 +98,7 @@ def _arguments() -> Any:
     return arguments.parse_args()
 
 
-def _costs(
+def costs(
     task: Task,
     config: trainer.TrainConfig,
     faults: list[Fault],
@@ -106,6 +106,7 @@ def _costs(
     folder: Path,
     lose_node: Callable[[], None] | None = None,
 ) -> list[Cost]:
+    """Train once undisturbed, then once with each fault at a step, in folders below one that all nodes share."""
     calm = trainer.fit(task, config, folder=folder / "calm", config_hash=CONFIG_HASH)
     return [_cost(task, config, fault, step, folder / fault, calm.final, lose_node) for fault in faults]
 

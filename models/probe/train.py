@@ -1,21 +1,37 @@
-"""Trains the probe as any task is trained, with a run in MLflow but nothing to register."""
+"""Trains the probe as any task is trained, and registers its weights."""
 
 import hashlib
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 
 from models import trainer
 from models.probe.config import ProbeConfig
-from models.probe.task import ProbeTask
+from models.probe.task import VALIDATION, ProbeTask
+from models.registry import CHALLENGER, Registry
 from models.runs import claimed, opened
+
+WEIGHTS = "weights.pt"
 
 
 def task(config: ProbeConfig, data: object = None) -> ProbeTask:
     """What is trained; its data are made on the fly."""
     network = config.network
     return ProbeTask(network.samples, network.width, network.layers, network.dropout)
+
+
+def scores(config: ProbeConfig, folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Whether each validation sample is right, by the weights in a folder."""
+    probe = task(config)
+    network = probe.build()
+    trainer.load_weights(network, folder / WEIGHTS)
+    network.eval()
+    with torch.no_grad():
+        each = [probe.validate(network, number, len(VALIDATION))["accuracy"] for number in range(len(VALIDATION))]
+    return {"accuracy": each}
 
 
 def train(config: ProbeConfig, data: object = None, *, home: Path, tracking_uri: str) -> dict[str, object]:
@@ -44,9 +60,16 @@ def train(config: ProbeConfig, data: object = None, *, home: Path, tracking_uri:
         with torch.no_grad():
             right, count = probe.validate(network, 0, 1)["accuracy"]
         run.log_metrics({"test_accuracy": right / count}, fitted.steps)
+        with tempfile.TemporaryDirectory() as scratch:
+            shutil.copy(fitted.weights, Path(scratch) / WEIGHTS)
+            tags = {"task": "probe", "split_hash": "probe"}
+            registry = Registry(tracking_uri)
+            version = registry.register(config.registered_name, Path(scratch), run_id=run.id, tags=tags)
+        registry.set_alias(config.registered_name, CHALLENGER, version.version, "just trained")
         claim.remember(run.id, finished=True)
     return {
         "accuracy": right / count,
+        "version": version.version,
         "steps": fitted.steps,
         "best_step": fitted.best_step,
         "seconds": round(fitted.seconds, 1),

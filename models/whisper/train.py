@@ -147,6 +147,13 @@ def errors(predictor: WhisperPredictor, utterances: Sequence[Utterance]) -> dict
     return {"wer": (float(wer[0]), float(wer[1])), "cer": (float(cer[0]), float(cer[1]))}
 
 
+def sample_errors(found: Splits, folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Edits and lengths of each utterance of the test split, by the model in a folder."""
+    predictor = predict.load(folder)
+    each = [errors(predictor, [one]) for one in found.test]
+    return {name: [sums[name] for sums in each] for name in ("wer", "cer")}
+
+
 def train(config: WhisperConfig, found: Splits, *, home: Path, tracking_uri: str) -> dict[str, object]:
     """Train, evaluate on the test split before and after, register; the result of the job.
 
