@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models.checkpoints import Checkpoint, CheckpointStore
 from models.training import randomness, snapshots
 from models.training.config import TrainConfig
+from models.training.optimizers import adamw
 from models.training.order import Sample, pick
 from models.training.parallel import Layers, local
 from models.training.pipeline import Chain
@@ -94,7 +95,7 @@ class Worker:
         self._trained = {name: parameter for name, parameter in self._trained.items() if parameter.requires_grad}
         self._parameters = list({id(parameter): parameter for parameter in self._trained.values()}.values())
         self._average = [] if config.average_decay is None else [p.detach().clone() for p in self._parameters]
-        self._optimizer = _optimizer(self._parameters, config)
+        self._optimizer = adamw(self._parameters, config)
         self._place = Place(loss_scale=FIRST_SCALE if config.precision == "fp16" else 1.0)
         self._saving_group = dist.new_group(backend="gloo")
         self._saving: Future[Any] | None = None
@@ -268,28 +269,6 @@ class Worker:
         facts = checkpoint.facts["place"]
         best = tuple((float(value), int(step)) for value, step in facts["best"])
         vars(self._place).update(facts | {"best": best})
-
-
-def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with its state there from the start, so that a checkpoint can be loaded into it.
-
-    Parameters that are spread differently are in groups of their own, because one kernel can't work on both.
-    """
-    groups: dict[object, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": group} for group in groups.values()],
-        config.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    for parameter in parameters:
-        zeros = [torch.zeros_like(parameter, requires_grad=False) for _ in range(2)]
-        step = torch.zeros((), device=parameter.device)
-        optimizer.state[parameter] = {"step": step, "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
-    return optimizer
 
 
 def _cut(samples: list[Sample], parts: int) -> list[list[Sample]]:

@@ -10,8 +10,10 @@ from threading import Thread
 import pytest
 import torch
 
+from models.checkpoints import CheckpointStore
 from models.probe.task import ProbeTask
 from models.trainer import TrainConfig, TrainingStopped, checkpoints, fit
+from models.training import parameter_server, processes
 
 CHAOS = runpy.run_path(str(Path(__file__).parents[2] / "ray_jobs" / "chaos.py"))
 CONFIG = TrainConfig(
@@ -61,3 +63,12 @@ def test_a_job_told_to_end_leaves_a_checkpoint_and_goes_on(folder: Path) -> None
     fitted = fit(slow, config.model_copy(update={"steps": steps}), folder=run, config_hash="chaos")
     assert (fitted.steps, fitted.restarts) == (steps, 1)
     assert all(torch.isfinite(value).all() for value in torch.load(fitted.final)["network"].values())
+
+
+def test_a_parameter_server_in_step_is_an_all_reduce(folder: Path) -> None:
+    config = CONFIG.model_copy(update={"steps": 8, "log_every": 1, "validate_every": 8})
+    task = ProbeTask()
+    served = parameter_server.train(task, config)
+    reduced = processes.train(task, config, CheckpointStore.at(folder / "reduced", "hash"))
+    assert served.losses == pytest.approx(reduced.losses, rel=1e-5)
+    assert served.lead == 1
