@@ -58,7 +58,7 @@ class TrainConfig(BaseModel):
     keep_best: int = Field(1, ge=1)
     """Best checkpoints that stay, by the primary metric."""
     asynchronous: bool = False
-    """Write checkpoints while training goes on, from a copy in memory."""
+    """Write checkpoints while training goes on, from a copy in memory; a fault during the write loses that one too."""
     storage: str | None = None
     """URI that `pyarrow.fs` knows, below which the checkpoints go. None: the run's own folder."""
 

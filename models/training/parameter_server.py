@@ -114,9 +114,10 @@ class Server:
 def train(task: Task, config: TrainConfig, staleness: int | None = None) -> Served:
     """Train with `config.fewest_workers` workers and a server on the Ray that is initialised, to the last step."""
     shared = ray.put(task)
-    served_by: Any = ray.remote(num_cpus=config.cpus_per_worker, max_concurrency=config.fewest_workers + 1)(Server)
-    worker: Any = ray.remote(num_cpus=config.cpus_per_worker)(_work)
-    server = served_by.remote(shared, config, staleness)
+    remote: Any = ray.remote
+    cpus, concurrency = config.cpus_per_worker, config.fewest_workers + 1
+    server = remote(num_cpus=cpus, max_concurrency=concurrency)(Server).remote(shared, config, staleness)
+    worker = remote(num_cpus=cpus)(_work)
     ray.get([worker.remote(rank, shared, config, server) for rank in range(config.fewest_workers)])
     served: Served = ray.get(server.result.remote())
     ray.kill(server)
@@ -127,7 +128,7 @@ def _work(rank: int, task: Task, config: TrainConfig, server: Any) -> None:
     torch.set_num_threads(1)
     randomness.seed(config.seed + 1 + rank)
     network = task.build()
-    parameters = [one for one in network.parameters() if one.requires_grad]
+    parameters: list[Tensor] = [one for one in network.parameters() if one.requires_grad]
     network.train()
     weights: list[Tensor] = ray.get(server.weights.remote())
     for step in range(config.steps):

@@ -16,9 +16,7 @@ from models.trainer import TrainConfig, TrainingStopped, checkpoints, fit
 from models.training import parameter_server, processes
 
 CHAOS = runpy.run_path(str(Path(__file__).parents[2] / "ray_jobs" / "chaos.py"))
-CONFIG = TrainConfig(
-    steps=60, batch_size=8, learning_rate=0.01, checkpoint_every=10, validate_every=30, log_every=10, asynchronous=True
-)
+CONFIG = TrainConfig(steps=60, batch_size=8, learning_rate=0.01, checkpoint_every=10, validate_every=30, log_every=10)
 TASK = ProbeTask(dropout=0.1)
 TIMEOUT_S = 240
 
@@ -39,7 +37,8 @@ def test_a_hanging_worker_costs_less_than_a_checkpoint_interval(folder: Path) ->
 def test_a_job_told_to_end_leaves_a_checkpoint_and_goes_on(folder: Path) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     run = folder / "stopped"
-    config = CONFIG.model_copy(update={"workers": (1, 2), "storage": (folder / "bucket").as_uri()})
+    elsewhere = {"workers": (1, 2), "storage": (folder / "bucket").as_uri(), "asynchronous": True}
+    config = CONFIG.model_copy(update=elsewhere)
     store = checkpoints(config, run, "chaos")
 
     def terminate() -> None:
