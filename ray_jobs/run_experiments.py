@@ -31,6 +31,7 @@ def main() -> dict[str, object]:
     curve = f"validation_{found.primary}"
     trial = _Trial(task, environment, curve, found.higher_is_better, arguments.name)
     overrides: dict[str, Sequence[str]] = {path.stem: list(arguments.overrides) for path in paths}
+    MlflowClient(environment.tracking_uri).search_experiments(max_results=1)  # makes the database before there are many
     with ray_session():
         room = _room([config.train for config in configs.values()])
         if search is not None:
