@@ -1,106 +1,74 @@
-"""Data-parallel training on Ray Train that a killed worker, a killed job or a spoilt checkpoint doesn't change.
+"""Training on Ray Train that a killed worker, a killed job or a spoilt checkpoint doesn't change.
 
 A task says what is trained; this module runs it on N workers with a fixed global batch. Sample number n of the whole
 run is element `n % size` of the permutation of epoch `n // size`, which the seed alone decides; of a global batch the
 worker of rank r takes samples r, r + N, r + 2N. So the state of the data is one number, and a run that goes on from a
 checkpoint with the same number of workers ends with the same bits as one that was never disturbed.
+
+What a task gives is in `models.training.task`, how it is trained in `models.training.config`, what one worker does in
+`models.training.worker`.
 """
 
 import json
 import logging
 import os
-import random
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from ray.train.v2.api.callback import UserCallback
+from torch import nn
 
 from models.checkpoints import Checkpoint, CheckpointStore
-from models.runs import Run
+from models.training import snapshots
+from models.training.config import SCHEDULING, TrainConfig
+from models.training.order import Sample, pick
+from models.training.task import Task
+from models.training.worker import Listener, Worker
+
+__all__ = [
+    "ATTEMPTS",
+    "FAILURES",
+    "SCHEDULING",
+    "Fit",
+    "Sample",
+    "Task",
+    "TrainConfig",
+    "TrainingStopped",
+    "checkpoints",
+    "fit",
+    "load_weights",
+    "pick",
+]
 
 logger = logging.getLogger(__name__)
 
-Sample = tuple[int, int]
-"""Epoch and index within it."""
-
 ATTEMPTS = "attempts.jsonl"
-SHARED = "shared.pt"
+FAILURES = "failures.jsonl"
 
 
-class TrainConfig(BaseModel):
-    """How a task is trained; `batch_size` is the global one, whatever the number of workers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str | None = None
-    """Name of the run: one that is unfinished goes on. None: named by a hash of the configuration."""
-    steps: int = Field(1200, ge=1)
-    batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    warmup: float = Field(0.1, gt=0, lt=1)
-    """Fraction of the steps in which the learning rate rises; then it falls by a cosine."""
-    weight_decay: float = Field(0.01, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
-    seed: int = 0
-    workers: int = Field(2, ge=1)
-    cpus_per_worker: float = Field(0.5, gt=0)
-    """Logical CPUs that Ray sets aside; threads are the machine's cores divided by the workers."""
-    max_failures: int = Field(3, ge=-1)
-    """How often a group of workers is started again; -1 means always."""
-    checkpoint_every: int = Field(100, ge=1)
-    validate_every: int = Field(300, ge=1)
-    log_every: int = Field(50, ge=1)
-    keep: int = Field(2, ge=2)
-    """Newest checkpoints that stay, besides the best one."""
-
-    @model_validator(mode="after")
-    def _enough(self) -> "TrainConfig":
-        if self.batch_size < self.workers:
-            raise ValueError("batch_size must be at least the number of workers")
-        return self
-
-
-class Task(Protocol):
-    """What is trained. It is sent to every worker, so it must be picklable and must not hold a network."""
-
-    @property
-    def size(self) -> int:
-        """Samples of an epoch."""
-
-    @property
-    def primary(self) -> str:
-        """The metric of `validate` by which the best checkpoint is chosen, the lowest being the best."""
-
-    def build(self) -> nn.Module:
-        """A new network; the random state is seeded before."""
-
-    def batch(self, samples: Sequence[Sample]) -> Mapping[str, Tensor]:
-        """The tensors of some samples, decided by nothing but their numbers."""
-
-    def loss(self, network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        """The sum of the losses of a batch, and the number of elements over which it sums."""
-
-    def validate(self, network: nn.Module, rank: int, world_size: int) -> Mapping[str, tuple[float, float]]:
-        """One rank's share of each validation metric as (sum, count); the metric is sum / count over all ranks."""
+class TrainingStopped(KeyboardInterrupt):
+    """Training was asked to stop by Ctrl-C or SIGTERM, and has left a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How a training ended: the best checkpoint's step, metrics and shared state, and what it took.
+    """How a training ended: the best checkpoint's step and metrics, the last step, and what it took.
 
-    `weights` is the file of the best checkpoint that `load_weights` reads; `final` that of the last step.
+    `weights` is a file for `load_weights` with the best checkpoint's weights, averaged where averaging is configured;
+    `final` has those of the last step.
     """
 
     steps: int
@@ -112,62 +80,64 @@ class Fit:
     seconds: float
 
 
-def pick(first: int, count: int, size: int, seed: int) -> list[Sample]:
-    """Samples first .. first + count - 1 of a run, across the ends of epochs; none is skipped or repeated."""
-    numbers = range(first, first + count)
-    return [(number // size, int(_permutation(seed, number // size, size)[number % size])) for number in numbers]
-
-
-def fit(task: Task, config: TrainConfig, *, folder: Path, config_hash: str, tracking_uri: str, run_id: str) -> Fit:
-    """Train, from the last sound checkpoint in the folder if there is one, and survive the death of workers.
+def fit(
+    task: Task,
+    config: TrainConfig,
+    *,
+    folder: Path,
+    config_hash: str,
+    tracking_uri: str | None = None,
+    run_id: str | None = None,
+) -> Fit:
+    """Train, from the last sound checkpoint in the store if there is one, and survive the death of workers.
 
     Args:
         task: what is trained.
         config: how.
         folder: the run's own, absolute, on a disk that all nodes share.
         config_hash: of everything that decides the weights; checkpoints of another one are refused.
-        tracking_uri: MLflow's address, as the workers reach it.
-        run_id: the MLflow run to which progress and metrics go.
+        tracking_uri: MLflow's address, as the workers reach it. None: progress and metrics go to the log alone.
+        run_id: the MLflow run to which they go.
 
-    Ray must be initialised. Raises what Ray Train raises when the failures are more than `config.max_failures`.
+    Ray must be initialised. Raises what Ray Train raises when the failures are more than `config.max_failures`, and
+    TrainingStopped after SIGINT or SIGTERM, whose handlers it replaces meanwhile if it runs in the main thread.
     """
     started = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
     arguments = _Arguments(ray.put(task), config, folder, config_hash, tracking_uri, run_id)
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    on_gpus = resources.get("GPU", 0) >= config.workers
-    trainer = ray.train.torch.TorchTrainer(
-        _work,
-        train_loop_config={"arguments": arguments},
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=120),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers, use_gpu=on_gpus, resources_per_worker=_resources(config, on_gpus)
-        ),
-        run_config=ray.train.RunConfig(
-            name="ray",
-            storage_path=str(folder),
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-        ),
-    )
-    trainer.fit()
-    store = _store(folder, config, config_hash)
-    last = store.load(config.steps)
-    best = store.load(int(last.facts["best_step"])) if last else None
-    if last is None or best is None:
-        raise RuntimeError(f"{folder}: the last or the best checkpoint was damaged after training; train again.")
+    store = checkpoints(config, folder, config_hash)
+    with _stopping(store):
+        _in_thread(_trainer(arguments).fit)
+    last = store.recover()
+    if last is None:
+        raise RuntimeError(f"{folder}: the last checkpoint was damaged after training; train again.")
+    place = last.facts["place"]
+    if place["ended"] is None:
+        store.forget_to_stop()
+        raise TrainingStopped(f"Training stopped after step {last.step}; the same command goes on from there.")
+    best = store.load(place["best"][0][1])
+    if best is None:
+        raise RuntimeError(f"{folder}: the best checkpoint was damaged after training; train again.")
     return Fit(
         steps=last.step,
         best_step=best.step,
-        metrics=best.facts["metrics"],
-        weights=best.folder / SHARED,
-        final=last.folder / SHARED,
+        metrics=best.facts["place"]["metrics"],
+        weights=_export(store, best, folder / "best.pt"),
+        final=_export(store, last, folder / "last.pt"),
         restarts=len((folder / ATTEMPTS).read_text(encoding="utf-8").splitlines()) - 1,
         seconds=time.monotonic() - started,
     )
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """Fill a network with the weights of a checkpoint's shared file."""
+    """Fill a network with the weights of a file that `fit` has left."""
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["network"])
+
+
+def checkpoints(config: TrainConfig, folder: Path, config_hash: str) -> CheckpointStore:
+    """Where a run in a folder has its checkpoints."""
+    place = f"{config.storage.rstrip('/')}/{folder.name}" if config.storage else str(folder)
+    return CheckpointStore.at(f"{place}/checkpoints", config_hash, config.keep)
 
 
 @dataclass(frozen=True)
@@ -176,8 +146,43 @@ class _Arguments:
     config: TrainConfig
     folder: Path
     config_hash: str
-    tracking_uri: str
-    run_id: str
+    tracking_uri: str | None
+    run_id: str | None
+
+
+def _trainer(arguments: _Arguments) -> ray.train.torch.TorchTrainer:
+    config = arguments.config
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    on_gpus = resources.get("GPU", 0) >= config.fewest_workers
+    own = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if on_gpus else {})
+    return ray.train.torch.TorchTrainer(
+        _work,
+        train_loop_config={"arguments": arguments},
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=120),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers,  # type: ignore[arg-type]
+            use_gpu=on_gpus,
+            resources_per_worker=own,
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=str(arguments.folder),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            callbacks=[_Failures(arguments.folder / FAILURES)],  # type: ignore[list-item]
+        ),
+    )
+
+
+class _Failures(UserCallback):
+    """Notes when Ray Train's controller has noticed that workers failed, and why."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Append one line."""
+        reasons = {str(rank): f"{type(error).__name__}: {error}"[:500] for rank, error in worker_exceptions.items()}
+        _append(self._path, {"time_s": time.time(), "ranks": reasons})
 
 
 def _work(loop_config: Mapping[str, _Arguments]) -> None:
@@ -185,193 +190,79 @@ def _work(loop_config: Mapping[str, _Arguments]) -> None:
     arguments = loop_config["arguments"]
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // arguments.config.workers))
-    _Worker(arguments, ray.get(arguments.task)).train()
+    torch.set_num_threads(max(1, cores // dist.get_world_size()))
 
+    @cache
+    def run() -> Any:
+        """Opened by rank 0, which alone reports; MLflow takes seconds to import, and the others start sooner so."""
+        from models.runs import Run
 
-class _Worker:
-    """One rank's network, optimiser and place in the data."""
+        return Run(str(arguments.tracking_uri), str(arguments.run_id))
 
-    def __init__(self, arguments: _Arguments, task: Task) -> None:
-        context = ray.train.get_context()
-        self._rank, self._world_size = context.get_world_rank(), context.get_world_size()
-        self._arguments, self._config, self._task = arguments, arguments.config, task
-        self._store = _store(arguments.folder, arguments.config, arguments.config_hash)
-        self._device = ray.train.torch.get_device()
-        _seed(self._config.seed)
-        self._network = task.build()
-        self._parallel = ray.train.torch.prepare_model(self._network)
-        _seed(self._config.seed + 1 + self._rank)
-        trained = [parameter for parameter in self._network.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            trained, self._config.learning_rate, betas=(0.9, 0.98), weight_decay=self._config.weight_decay
-        )
-        self._scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimizer,
-            self._config.learning_rate,
-            total_steps=self._config.steps,
-            pct_start=self._config.warmup,
-            cycle_momentum=False,
-        )
-        self._step = 0
-        self._best: tuple[float, int] = (sys.float_info.max, 0)
-        self._metrics: dict[str, float] = {}
+    def metrics(values: Mapping[str, float], step: int) -> None:
+        if arguments.run_id is not None:
+            run().log_metrics(values, step)
 
-    def train(self) -> None:
-        """Train from the last sound checkpoint to the last step."""
-        self._resume()
-        progress = _Progress(self._step, self._config.steps)
-        while self._step < self._config.steps:
-            loss = self._advance()
-            last = self._step == self._config.steps
-            if self._rank == 0 and (last or self._step % self._config.log_every == 0):
-                self._report(progress.line(self._step, loss), {"train_loss": loss})
-            validated = last or self._step % self._config.validate_every == 0
-            if validated:
-                self._validate()
-            if validated or self._step % self._config.checkpoint_every == 0:
-                self._save()
-
-    @cached_property
-    def _run(self) -> Run:
-        """Opened by rank 0 only, which alone reports."""
-        return Run(self._arguments.tracking_uri, self._arguments.run_id)
-
-    def _advance(self) -> float:
-        """One step over one global batch; the mean loss of its elements, over all ranks."""
-        size = self._config.batch_size
-        samples = pick(self._step * size, size, self._task.size, self._config.seed)[self._rank :: self._world_size]
-        batch = {name: tensor.to(self._device) for name, tensor in self._task.batch(samples).items()}
-        self._parallel.train()
-        total, count = self._task.loss(self._parallel, batch)
-        sums = torch.tensor([float(total.detach()), float(count)], dtype=torch.float64, device=self._device)
-        dist.all_reduce(sums)
-        self._optimizer.zero_grad(set_to_none=True)
-        (total * (self._world_size / sums[1].item())).backward()
-        nn.utils.clip_grad_norm_(self._network.parameters(), self._config.clip_norm)
-        self._optimizer.step()
-        self._scheduler.step()
-        self._step += 1
-        return float(sums[0] / sums[1])
-
-    def _validate(self) -> None:
-        self._network.eval()
-        state = _random_state()
-        with torch.no_grad():
-            shares = self._task.validate(self._network, self._rank, self._world_size)
-        _set_random_state(state)
-        sums = torch.tensor(list(shares.values()), dtype=torch.float64, device=self._device)
-        dist.all_reduce(sums)
-        self._metrics = {name: float(total / count) for name, (total, count) in zip(shares, sums, strict=True)}
-        self._best = min(self._best, (self._metrics[self._task.primary], self._step))
-        if self._rank == 0:
-            metrics = {f"validation_{name}": value for name, value in self._metrics.items()}
-            self._report({"event": "validated", "step": self._step, **metrics}, metrics)
-        ray.train.report({"step": self._step, **self._metrics})
-
-    def _report(self, line: Mapping[str, object], metrics: Mapping[str, float]) -> None:
-        logger.info(json.dumps(line))
-        self._run.log_metrics(metrics, self._step)
-
-    def _save(self) -> None:
-        folder = self._store.begin(self._step)
-        torch.save(_random_state(), folder / f"rank-{self._rank}.pt")
-        if self._rank == 0:
-            shared = {
-                "network": self._network.state_dict(),
-                "optimizer": self._optimizer.state_dict(),
-                "scheduler": self._scheduler.state_dict(),
-            }
-            torch.save(shared, folder / SHARED)
-        dist.barrier()
-        if self._rank == 0:
-            facts = {
-                "samples": self._step * self._config.batch_size,
-                "metrics": self._metrics,
-                "best_score": self._best[0],
-                "best_step": self._best[1],
-                "run_id": self._arguments.run_id,
-            }
-            self._store.commit(self._step, self._world_size, self._best[1], facts)
-
-    def _resume(self) -> None:
-        """Agree on the checkpoint that rank 0 finds sound, and load it."""
-        pids: list[object] = [None] * self._world_size
+    def started(step: int) -> None:
+        pids: list[object] = [None] * dist.get_world_size()
         dist.all_gather_object(pids, os.getpid())
-        found: list[Checkpoint | None] = [None]
-        if self._rank == 0:
-            found = [self._store.recover()]
-            attempt = {"step": found[0].step if found[0] else 0, "world_size": self._world_size, "pids": pids}
-            with (self._arguments.folder / ATTEMPTS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(attempt) + "\n")
+        if dist.get_rank() == 0:
+            attempt = {"step": step, "world_size": len(pids), "pids": pids, "time_s": time.time()}
+            _append(arguments.folder / ATTEMPTS, attempt)
             logger.info(json.dumps({"event": "attempt", **attempt}))
-        dist.broadcast_object_list(found)
-        if (checkpoint := found[0]) is None:
-            return
-        shared = torch.load(checkpoint.folder / SHARED, map_location=self._device, weights_only=True)
-        self._network.load_state_dict(shared["network"])
-        self._optimizer.load_state_dict(shared["optimizer"])
-        self._scheduler.load_state_dict(shared["scheduler"])
-        own = checkpoint.folder / f"rank-{self._rank}.pt"
-        if own.exists():
-            _set_random_state(torch.load(own, weights_only=True))
-        self._step = checkpoint.step
-        self._best = (checkpoint.facts["best_score"], checkpoint.facts["best_step"])
-        self._metrics = checkpoint.facts["metrics"]
+
+    listener = Listener(
+        started=started,
+        metrics=metrics,
+        validated=lambda metrics: ray.train.report(dict(metrics)),
+    )
+    task, config = ray.get(arguments.task), arguments.config
+    store = checkpoints(config, arguments.folder, arguments.config_hash)
+    Worker(task, config, store, ray.train.torch.get_device(), listener).train()
 
 
-class _Progress:
-    """Speed since the start of this attempt, and the time that is left at that speed."""
-
-    def __init__(self, first: int, last: int) -> None:
-        self._first, self._last, self._started = first, last, time.monotonic()
-
-    def line(self, step: int, loss: float) -> dict[str, object]:
-        seconds = time.monotonic() - self._started
-        eta_s = seconds / (step - self._first) * (self._last - step)
-        return {
-            "event": "progress",
-            "step": step,
-            "of": self._last,
-            "loss": round(loss, 4),
-            "seconds": round(seconds, 1),
-            "eta_s": round(eta_s, 1),
-        }
+def _export(store: CheckpointStore, checkpoint: Checkpoint, path: Path) -> Path:
+    torch.save({"network": snapshots.load_weights(store, checkpoint)}, path)
+    return path
 
 
-def _store(folder: Path, config: TrainConfig, config_hash: str) -> CheckpointStore:
-    return CheckpointStore(folder / "checkpoints", config_hash, config.keep)
+def _append(path: Path, line: Mapping[str, object]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
-def _resources(config: TrainConfig, on_gpus: bool) -> dict[str, float]:
-    return {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if on_gpus else {})
+@contextmanager
+def _stopping(store: CheckpointStore) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into a note for the workers, and the second into KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, signal.default_int_handler)
+        logger.warning(json.dumps({"event": "stopping", "signal": signal.Signals(number).name}))
+        store.ask_to_stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.random.default_rng([seed, epoch]).permutation(size)
+def _in_thread(function: Callable[[], object]) -> None:
+    """Run in a thread of its own, where Ray Train leaves Ctrl-C alone, and raise here what it raises."""
+    failures: list[BaseException] = []
 
+    def target() -> None:
+        try:
+            function()
+        except BaseException as failure:
+            failures.append(failure)
 
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def _random_state() -> dict[str, Any]:
-    """Of Python, numpy and torch, in types that `torch.load(weights_only=True)` reads."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-    }
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state_all(state["cuda"])
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]

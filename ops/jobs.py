@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 RAY_TRIES = 4
+INTERRUPTED = 130
+RECOVERY = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+}
+"""What Ray must know before it starts to notice soon that a training worker is dead or hangs, and to start another."""
 
 
 class JobError(Exception):
@@ -89,6 +97,9 @@ def start_ray(num_cpus: int, folder: str | None = None) -> None:
     Raises:
         JobError: it did not start in RAY_TRIES tries.
     """
+    for name, value in RECOVERY.items():
+        os.environ.setdefault(name, value)
+
     import ray
 
     for attempt in range(1, RAY_TRIES + 1):
@@ -105,7 +116,8 @@ def start_ray(num_cpus: int, folder: str | None = None) -> None:
 def run(main: Callable[[], Mapping[str, object]]) -> NoReturn:
     """Run a job: its result as one JSON line, or its user's error as one line on standard error and exit code 2.
 
-    A user's error is a JobError, or a ValueError that our own code raised; anything else keeps its traceback.
+    A user's error is a JobError, or a ValueError that our own code raised; anything else keeps its traceback. A job
+    that is interrupted ends with one line and exit code 130.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     logging.getLogger("kafka").setLevel(logging.WARNING)  # a dozen lines a connection otherwise
@@ -116,6 +128,9 @@ def run(main: Callable[[], Mapping[str, object]]) -> NoReturn:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt as interruption:
+        print(f"stopped: {interruption or 'interrupted'}", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
     print(json.dumps(result, default=str), flush=True)
     sys.exit(0)
 

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import yaml
 
+from ops.jobs import RECOVERY
 from ops.layout import REPOSITORY, Layout, binaries_folder
 from ops.parts import ANSWER_S, Handle, PartError, answers_http, process_ended, process_id, require_free
 from ops.ports import LOOPBACK, free_ports
@@ -124,8 +125,7 @@ class Ray:
         return self._layout.variables() | {
             "PATH": os.pathsep.join([str(binaries_folder()), os.environ.get("PATH", os.defpath)]),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-            "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+            **RECOVERY,
             "RAY_JOB_STOP_WAIT_TIME_S": "20",
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "120",
             "RAY_raylet_start_wait_time_s": "120",  # 30 by default, too few on a busy machine with two cores

@@ -29,7 +29,6 @@ from models.whisper.predict import WhisperPredictor
 logger = logging.getLogger(__name__)
 
 BATCH = 32
-SCHEDULING = {"name", "workers", "cpus_per_worker", "max_failures", "log_every", "keep"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class WhisperTask:
     validation: tuple[Utterance, ...]
 
     primary = "wer"
+    higher_is_better = False
 
     @property
     def size(self) -> int:
@@ -145,6 +145,13 @@ def errors(predictor: WhisperPredictor, utterances: Sequence[Utterance]) -> dict
             wer += Levenshtein.distance(words, transcript.text.lower().split()), len(words)
             cer += Levenshtein.distance(one.text, transcript.text.lower()), len(one.text)
     return {"wer": (float(wer[0]), float(wer[1])), "cer": (float(cer[0]), float(cer[1]))}
+
+
+def sample_errors(found: Splits, folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Edits and lengths of each utterance of the test split, by the model in a folder."""
+    predictor = predict.load(folder)
+    each = [errors(predictor, [one]) for one in found.test]
+    return {name: [sums[name] for sums in each] for name in ("wer", "cer")}
 
 
 def train(config: WhisperConfig, found: Splits, *, home: Path, tracking_uri: str) -> dict[str, object]:
@@ -263,7 +270,9 @@ def _rates(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
 
 def _fingerprint(config: WhisperConfig, found: Splits) -> str:
     """A hash of what decides the weights: data, network and recipe, but not how the work is scheduled."""
-    deciding = config.model_dump(mode="json", exclude={"evaluate": True, "registered_name": True, "train": SCHEDULING})
+    deciding = config.model_dump(
+        mode="json", exclude={"evaluate": True, "registered_name": True, "train": set(trainer.SCHEDULING)}
+    )
     total = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
     for one in (*found.train, *found.validation, *found.test):
         total.update(f"{one.id}\0{one.text}\0".encode())

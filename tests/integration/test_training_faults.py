@@ -58,9 +58,8 @@ def calm(ray_local: None, mlflow_uri: str, tmp_path_factory: pytest.TempPathFact
     return Trained(train(config, found, home=home, tracking_uri=mlflow_uri), config, found, home, mlflow_uri)
 
 
-def weights(home: Path, name: str, step: int = STEPS) -> dict[str, torch.Tensor]:
-    path = home / "training" / name / "checkpoints" / f"step-{step:09d}" / "shared.pt"
-    network: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["network"]
+def weights(home: Path, name: str) -> dict[str, torch.Tensor]:
+    network: dict[str, torch.Tensor] = torch.load(home / "training" / name / "last.pt", weights_only=True)["network"]
     return network
 
 
@@ -116,7 +115,7 @@ def test_a_killed_worker_and_a_spoilt_checkpoint_change_no_bit(calm: Trained) ->
     checkpoints = folder / "checkpoints"
     shutil.rmtree(checkpoints / f"step-{STEPS:09d}")
     newest = sorted(checkpoints.iterdir())[-1]
-    spoilt = newest / "shared.pt"
+    spoilt = newest / "__1_0.distcp"
     spoilt.write_bytes(spoilt.read_bytes()[:-1] + b"?")
     state = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(state | {"finished": False}))

@@ -1,7 +1,9 @@
 """The place in the data of a training run, and its configuration."""
 
+import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from models.trainer import TrainConfig, pick
+from models.training import randomness
+from models.training.schedules import learning_rate
 
 
 @given(
@@ -46,15 +50,55 @@ def test_a_batch_too_small_for_its_workers_is_refused() -> None:
 
 
 def test_random_states_survive_a_safe_load() -> None:
-    from io import BytesIO
+    saved = randomness.save()
+    drawn = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+    randomness.restore(saved)
+    with randomness.undisturbed():
+        torch.rand(1)
+        np.random.rand(1)
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == drawn
 
-    import numpy as np
 
-    from models.trainer import _random_state, _set_random_state
+@pytest.mark.parametrize(("steps", "warmup"), [(1200, 0.1), (50, 0.5), (7, 0.3), (4, 0.1)])
+def test_one_cycle_is_that_of_torch(steps: int, warmup: float) -> None:
+    config = TrainConfig(steps=steps, warmup=warmup, learning_rate=0.3)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.3)
+    oracle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.3, total_steps=steps, pct_start=warmup, cycle_momentum=False
+    )
+    for step in range(steps):
+        assert learning_rate(config, step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        if step < steps - 1:
+            oracle.step()
 
-    file = BytesIO()
-    torch.save(_random_state(), file)
-    drawn = torch.rand(3).tolist(), np.random.rand(3).tolist()
-    file.seek(0)
-    _set_random_state(torch.load(file, weights_only=True))
-    assert (torch.rand(3).tolist(), np.random.rand(3).tolist()) == drawn
+
+@given(
+    schedule=st.sampled_from(["constant", "cosine", "linear", "one-cycle"]),
+    steps=st.integers(1, 300),
+    warmup=st.floats(0.01, 0.99),
+)
+def test_schedules_rise_to_the_peak_and_never_again(schedule: str, steps: int, warmup: float) -> None:
+    config = TrainConfig.model_validate({"schedule": schedule, "steps": steps, "warmup": warmup})
+    rates = [learning_rate(config, step) / config.learning_rate for step in range(steps)]
+    peak = rates.index(max(rates))
+    assert all(0 < rate <= 1 + 1e-12 for rate in rates)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == pytest.approx(sorted(rates[peak:], reverse=True), abs=1e-12)
+    if schedule == "constant":
+        assert rates[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"workers": [3, 2]}, "two ascending"),
+        ({"workers": 4, "accumulate": 8}, "times accumulate"),
+        ({"workers": [1, 2], "parallelism": "tensor"}, "fixed number"),
+        ({"workers": 3, "parallelism": "fsdp+tensor"}, "multiple of tensor_size"),
+        ({"workers": 2, "parallelism": "pipeline"}, "needs accumulate"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TrainConfig.model_validate(values)

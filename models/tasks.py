@@ -1,0 +1,74 @@
+"""The tasks by name: how a configuration file becomes data, something to train, or a whole training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from models.training.task import Task
+
+NAMES = ("probe", "whisper")
+
+
+class UnknownTask(ValueError):
+    """A task that is not there, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What can be done with the configurations of one task."""
+
+    config: type[BaseModel]
+    """What a file is read into; it has a section `train`, a `models.training.config.TrainConfig`."""
+    data: Callable[[Any, Path | None], Any]
+    """The splits, from a configuration and the folder of data sets."""
+    task: Callable[[Any, Any], Task]
+    """What is trained, from a configuration and the splits."""
+    train: Callable[..., Mapping[str, object]]
+    """Train, evaluate and register: (configuration, splits, *, home, tracking_uri) -> the result of the job."""
+    metrics: Mapping[str, bool]
+    """The metrics of the test split, the primary one first, and whether higher is better."""
+    scores: Callable[[Any, Path], Mapping[str, Sequence[tuple[float, float]]]]
+    """Each metric's (sum, count) of every sample of the test split, by the model in a folder."""
+    split_hash: Callable[[Any], str]
+    """What identifies the test split."""
+
+
+def named(name: str) -> Kind:
+    """A task by the name of its folder in configs/ and models/.
+
+    Raises:
+        UnknownTask: there is none of this name.
+    """
+    match name:
+        case "probe":
+            from models.probe.config import ProbeConfig
+            from models.probe.train import scores, task, train
+
+            return Kind(
+                config=ProbeConfig,
+                data=lambda config, folder: config,
+                task=task,
+                train=train,
+                metrics={"accuracy": True},
+                scores=scores,
+                split_hash=lambda config: "probe",
+            )
+        case "whisper":
+            from models.whisper.config import WhisperConfig
+            from models.whisper.data import splits
+            from models.whisper.train import WhisperTask, sample_errors
+            from models.whisper.train import train as train_whisper
+
+            return Kind(
+                config=WhisperConfig,
+                data=lambda config, folder: splits(config.data, folder),
+                task=lambda config, found: WhisperTask(config, found.train, found.validation),
+                train=train_whisper,
+                metrics={"wer": False, "cer": False},
+                scores=sample_errors,
+                split_hash=lambda found: str(found.hash),
+            )
+    raise UnknownTask(f"There is no task {name}; a configuration lies in a folder named {', '.join(NAMES)}.")

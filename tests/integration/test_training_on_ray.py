@@ -1,0 +1,73 @@
+"""The harness on a local Ray: a worker that hangs and a job that is told to end change no bit of the weights."""
+
+import os
+import runpy
+import signal
+import time
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+
+from models.checkpoints import CheckpointStore
+from models.probe.task import ProbeTask
+from models.trainer import TrainConfig, TrainingStopped, checkpoints, fit
+from models.training import parameter_server, processes
+
+CHAOS = runpy.run_path(str(Path(__file__).parents[2] / "ray_jobs" / "chaos.py"))
+CONFIG = TrainConfig(steps=60, batch_size=8, learning_rate=0.01, checkpoint_every=10, validate_every=30, log_every=10)
+TASK = ProbeTask(dropout=0.1)
+TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="module")
+def folder(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("training")
+
+
+def test_a_hanging_worker_costs_less_than_a_checkpoint_interval(folder: Path) -> None:
+    (cost,) = CHAOS["costs"](TASK, CONFIG, ["sigstop"], 35, folder)
+    assert (cost.same_bits, cost.restarts, cost.workers_after) == (True, 1, 2)
+    assert cost.lost_steps == 5
+    assert 0 < cost.detection_s < cost.restart_s
+    assert "| sigstop | 35 |" in CHAOS["table"]([cost])
+
+
+def test_a_job_told_to_end_leaves_a_checkpoint_and_goes_on(folder: Path) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run = folder / "stopped"
+    elsewhere = {"workers": (1, 2), "storage": (folder / "bucket").as_uri(), "asynchronous": True}
+    config = CONFIG.model_copy(update=elsewhere)
+    store = checkpoints(config, run, "chaos")
+
+    def terminate() -> None:
+        ends = time.monotonic() + TIMEOUT_S
+        while not store.steps() and time.monotonic() < ends:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    killer = Thread(target=terminate)
+    killer.start()
+    endless = config.model_copy(update={"log_every": 1})
+    slow = ProbeTask(dropout=0.1, size=40)
+    with pytest.raises(TrainingStopped, match=r"stopped after step \d+; the same command goes on"):
+        fit(slow, endless.model_copy(update={"steps": 1_000_000}), folder=run, config_hash="chaos")
+    killer.join()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    stopped = store.recover()
+    assert stopped is not None
+    assert stopped.facts["place"]["ended"] is None
+    steps = stopped.step + 5
+    fitted = fit(slow, config.model_copy(update={"steps": steps}), folder=run, config_hash="chaos")
+    assert (fitted.steps, fitted.restarts) == (steps, 1)
+    assert all(torch.isfinite(value).all() for value in torch.load(fitted.final)["network"].values())
+
+
+def test_a_parameter_server_in_step_is_an_all_reduce(folder: Path) -> None:
+    config = CONFIG.model_copy(update={"steps": 8, "log_every": 1, "validate_every": 8})
+    task = ProbeTask()
+    served = parameter_server.train(task, config)
+    reduced = processes.train(task, config, CheckpointStore.at(folder / "reduced", "hash"))
+    assert served.losses == pytest.approx(reduced.losses, rel=1e-5)
+    assert served.lead == 1

@@ -1,0 +1,82 @@
+"""The gate of a promotion, and the aliases that it leaves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.registry import CHAMPION, Registry, RegistryError
+from ops.promotion import PREVIOUS, Gate, decide, promote, roll_back
+
+Sums = list[tuple[float, float]]
+
+
+def edits(each: Sequence[float], length: float = 10) -> Sums:
+    return [(one, length) for one in each]
+
+
+BAD, GOOD = edits([3, 4, 2, 5] * 20), edits([1, 1, 0, 2] * 20)
+GATE = Gate("wer", higher_is_better=False, minimum_gain=0.01, guards={"cer": 0.02})
+DIRECTIONS = {"wer": False, "cer": False}
+
+
+def test_what_is_better_by_enough_and_worse_at_nothing_passes() -> None:
+    decision = decide(GATE, {"wer": GOOD, "cer": BAD}, {"wer": BAD, "cer": BAD}, DIRECTIONS)
+    assert decision.promoted
+    assert decision.gain == pytest.approx(0.25)
+    assert 0 < decision.low < 0.25 < decision.high
+    assert "wer 0.1000 against 0.3500, a gain of 0.2500 (95%" in decision.reason
+
+
+def test_a_guard_holds_back_what_forgets() -> None:
+    decision = decide(GATE, {"wer": GOOD, "cer": BAD}, {"wer": BAD, "cer": GOOD}, DIRECTIONS)
+    assert not decision.promoted
+    assert "but cer 0.3500 against 0.1000: worse by more than 0.02" in decision.reason
+
+
+def test_a_gain_that_is_small_or_chance_is_not_enough() -> None:
+    slightly = edits([3, 4, 2, 5] * 19 + [3, 4, 2, 4])
+    small = decide(GATE, {"wer": slightly, "cer": BAD}, {"wer": BAD, "cer": BAD}, DIRECTIONS)
+    assert (small.promoted, "less than 0.01" in small.reason) == (False, True)
+    luck = decide(GATE, {"wer": edits([0, 5, 3, 4]), "cer": BAD}, {"wer": edits([5, 1, 4, 5]), "cer": BAD}, DIRECTIONS)
+    assert (luck.promoted, "it may be chance" in luck.reason) == (False, True)
+
+
+@given(st.lists(st.integers(0, 1), min_size=5, max_size=60), st.lists(st.integers(0, 1), min_size=60, max_size=60))
+def test_a_direction_turned_round_turns_the_gain(first: list[int], second: list[int]) -> None:
+    own, other = edits(first, 1), edits(second[: len(first)], 1)
+    higher = decide(Gate("x", True), {"x": own}, {"x": other}, {})
+    lower = decide(Gate("x", False), {"x": own}, {"x": other}, {})
+    assert higher.gain == pytest.approx(-lower.gain)
+    assert not (higher.promoted and lower.promoted)
+    assert not decide(Gate("x", True), {"x": own}, {"x": own}, {}).promoted
+
+
+def test_a_champion_can_be_rolled_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aliases: dict[tuple[str, str], int] = {}
+    reasons: dict[int, str] = {}
+    registry = Registry.__new__(Registry)
+    monkeypatch.setattr(registry, "aliases", lambda: dict(aliases), raising=False)
+
+    def set_alias(name: str, alias: str, version: int, reason: str) -> None:
+        aliases[name, alias] = version
+        reasons[version] = reason
+
+    def resolve(name: str, alias: str) -> object:
+        if (name, alias) not in aliases:
+            raise RegistryError(f"{name}@{alias} is not registered.")
+        return type("Version", (), {"version": aliases[name, alias]})
+
+    monkeypatch.setattr(registry, "set_alias", set_alias)
+    monkeypatch.setattr(registry, "resolve", resolve)
+    promote(registry, "m", 1, "first")
+    assert aliases == {("m", CHAMPION): 1}
+    with pytest.raises(RegistryError, match="m@previous"):
+        roll_back(registry, "m", "?")
+    promote(registry, "m", 2, "better")
+    assert aliases == {("m", CHAMPION): 2, ("m", PREVIOUS): 1}
+    assert roll_back(registry, "m", "it is slow") == 1
+    assert aliases == {("m", CHAMPION): 1, ("m", PREVIOUS): 2}
+    assert reasons[1] == "it is slow"
