@@ -90,8 +90,12 @@ class Gain:
 
 
 def gains(trials: Sequence[Trial], resampling: Resampling | None = None) -> list[Gain]:
+    """The gains over the test splits of all these trials together."""
+    return gains_of([row for trial in trials for row in trial.rows], resampling)
+
+
+def gains_of(pooled: Sequence[Row], resampling: Resampling | None = None) -> list[Gain]:
     """One gain for all images and one for each kind; units (groups of near-duplicates) are resampled, not images."""
-    pooled = [row for trial in trials for row in trial.rows]
     kinds = sorted({row.kind for row in pooled})
     chosen = [(ALL, pooled), *((kind, [row for row in pooled if row.kind == kind]) for kind in kinds)]
     return [_gain(kind, of_kind, resampling or Resampling()) for kind, of_kind in chosen]

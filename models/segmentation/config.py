@@ -42,6 +42,8 @@ class DataConfig(_Section):
     """Phantoms of an epoch, beside the real images where there are any."""
     fresh_phantoms: bool = False
     """Every epoch has phantoms of its own, which no other epoch has."""
+    phantom_epochs: int = Field(0, ge=0)
+    """First epochs in which a phantom takes the place of each real image: what a lesion is, is learnt before."""
     validation_phantoms: int = Field(80, ge=1)
     test_phantoms: int = Field(120, ge=1)
     phantom_size_px: int = Field(96, ge=32, le=512)
@@ -190,9 +192,8 @@ class PredictConfig(_Section):
 
 
 class ExportConfig(_Section):
-    """Variants for small devices, made and compared after training."""
+    """Variants for small devices, made and compared by `ray_jobs/export_segmentation.py`."""
 
-    enabled: bool = False
     calibration_images: int = Field(32, ge=1)
     """Of the training split, for int8."""
     prune: float = Field(0.5, gt=0, lt=1)

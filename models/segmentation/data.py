@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from models.segmentation import images, kaggle
 from models.segmentation.config import DataConfig
 from models.segmentation.phantoms import phantom
@@ -57,17 +55,17 @@ def phantoms(config: DataConfig, part: int, numbers: Sequence[int]) -> tuple[Sca
     return tuple(_phantom(config, part, number) for number in numbers)
 
 
+def training_number(config: DataConfig, real: int, epoch: int, index: int) -> int | None:
+    """The number of the phantom that is sample `index` of an epoch, or None where it is the real scan `index`."""
+    if index < real and epoch >= config.phantom_epochs:
+        return None
+    return index + (epoch * (real + config.phantoms) if config.fresh_phantoms else 0)
+
+
 def training_scan(config: DataConfig, real: Sequence[Scan], epoch: int, index: int) -> Scan:
     """Sample `index` of an epoch: the real scans first, then phantoms."""
-    if index < len(real):
-        return real[index]
-    number = index - len(real) + (epoch * config.phantoms if config.fresh_phantoms else 0)
-    return _phantom(config, TRAIN, number)
-
-
-def lesions(scans: Sequence[Scan]) -> float:
-    """The share of scans that show something."""
-    return float(np.mean([scan.mask.any() for scan in scans]))
+    number = training_number(config, len(real), epoch, index)
+    return real[index] if number is None else _phantom(config, TRAIN, number)
 
 
 def _phantom(config: DataConfig, part: int, number: int) -> Scan:

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
+from numpy.typing import NDArray
+from scipy.ndimage import binary_erosion
 
 from models.segmentation.predict import SegmentationPredictor
-from models.segmentation.scans import Scan
+from models.segmentation.scans import Image, Mask, Scan
 
 _CURVES = (
     ("loss", {"train_loss": "training"}),
@@ -54,3 +56,10 @@ def panels(predictor: SegmentationPredictor, scans: Sequence[Scan], count: int, 
             axes.set_axis_off()
     figure.savefig(path, dpi=80)
     return path
+
+
+def overlay(image: Image, mask: Mask) -> NDArray[np.uint8]:
+    """The grey image as colours uint8[H, W, 3], with the border of the mask in red."""
+    colours = np.repeat((image * 255).astype(np.uint8)[..., None], 3, axis=2)
+    colours[mask & ~binary_erosion(mask)] = (214, 39, 40)
+    return colours

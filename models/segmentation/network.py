@@ -106,8 +106,8 @@ class _Residual(nn.Module):
 
     def __init__(self, before: int, after: int, norm: str, activation: str) -> None:
         super().__init__()
-        pair = _Pair(before, after, norm, activation)
-        self.inner, self.activation = pair[:-1], pair[-1]
+        *inner, self.activation = _Pair(before, after, norm, activation)
+        self.inner = nn.Sequential(*inner)
         self.short = nn.Conv2d(before, after, 1, bias=False) if before != after else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

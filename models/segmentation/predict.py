@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from models.predictor import DESCRIPTION, PredictorError, describe
+from models.registry import Registry
 from models.segmentation.config import NetworkConfig, PreprocessConfig
 from models.segmentation.network import UNet
 from models.segmentation.preprocess import normalise, prepare, restore
@@ -33,7 +35,7 @@ class SegmentationPredictor:
 
     def __init__(
         self,
-        network: UNet,
+        network: nn.Module,
         size: NetworkConfig,
         preprocess: PreprocessConfig,
         *,
@@ -118,6 +120,19 @@ def load(folder: Path, device: str = "cpu") -> SegmentationPredictor:
         reason = " ".join(str(error).split())[:200]
         raise PredictorError(f"{folder}: holds no segmentation model ({type(error).__name__}: {reason}).") from None
     return SegmentationPredictor(network, size, preprocess, threshold=threshold, flip=flip, device=device)
+
+
+def find(model: str, registered_name: str, tracking_uri: str, cache: Path) -> SegmentationPredictor:
+    """Load a model's folder, or the version that an alias of the registered name points at.
+
+    Raises:
+        RegistryError: there is no such folder and no such alias.
+        PredictorError: the folder holds no segmentation model.
+    """
+    if Path(model).is_dir():
+        return load(Path(model))
+    registry = Registry(tracking_uri)
+    return load(registry.download(registry.resolve(registered_name, model), cache))
 
 
 def _check(image: Image) -> None:

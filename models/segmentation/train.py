@@ -18,7 +18,7 @@ from models.registry import CHALLENGER, CHAMPION, ModelVersion, Registry
 from models.runs import Run, claimed, opened
 from models.segmentation import figures, predict
 from models.segmentation.config import SegmentationConfig
-from models.segmentation.data import Splits, training_scan
+from models.segmentation.data import Splits, training_number, training_scan
 from models.segmentation.network import UNet, segmentation_loss
 from models.segmentation.predict import SegmentationPredictor
 from models.segmentation.preprocess import augment, normalise, prepare, prepare_mask
@@ -102,7 +102,7 @@ class SegmentationTask:
         return [image for image, _ in self._measured(min(count, self.size))]
 
     @cached_property
-    def _cache(self) -> dict[int, tuple[Image, Mask]]:
+    def _cache(self) -> dict[tuple[str, int], tuple[Image, Mask]]:
         return {}
 
     @cached_property
@@ -110,16 +110,19 @@ class SegmentationTask:
         return [self._ready(scan) for scan in self.validation]
 
     def _measured(self, count: int) -> list[tuple[Image, Mask]]:
-        """Training images spread over the whole epoch."""
-        return [self._prepared(0, int(index)) for index in np.linspace(0, self.size - 1, count).round()]
+        """Training images spread over the whole of an epoch that has real ones."""
+        epoch = self.config.data.phantom_epochs
+        return [self._prepared(epoch, int(index)) for index in np.linspace(0, self.size - 1, count).round()]
 
     def _prepared(self, epoch: int, index: int) -> tuple[Image, Mask]:
         """The image of a sample before augmentation, kept where it is the same in every epoch."""
-        if index in self._cache:
-            return self._cache[index]
+        number = training_number(self.config.data, len(self.real), epoch, index)
+        key = ("real", index) if number is None else ("phantom", number)
+        if key in self._cache:
+            return self._cache[key]
         ready = self._ready(training_scan(self.config.data, self.real, epoch, index))
-        if index < len(self.real) or not self.config.data.fresh_phantoms:
-            self._cache[index] = ready
+        if number is None or not self.config.data.fresh_phantoms:
+            self._cache[key] = ready
         return ready
 
     def _ready(self, scan: Scan) -> tuple[Image, Mask]:
@@ -169,7 +172,7 @@ def train(config: SegmentationConfig, found: Splits, *, home: Path, tracking_uri
         predictor.threshold = chosen_threshold(predictor, found.validation, config)
         masks = tuple(one.mask for one in predictor.segment([scan.image for scan in found.test]))
         scores = mean_scores(masks, found.test)
-        rule, rule_masks = _by_threshold(config, found)
+        rule, rule_masks = threshold_masks(config, found)
         rule_scores = mean_scores(rule_masks, found.test)
         run.log_metrics({f"test_{key}": value for key, value in scores.items()}, fitted.steps)
         run.log_metrics({f"test_rule_{key}": value for key, value in rule_scores.items()}, fitted.steps)
@@ -219,7 +222,7 @@ def chosen_threshold(predictor: SegmentationPredictor, scans: Sequence[Scan], co
     return max(means, key=lambda threshold: (round(means[threshold], 6), -abs(threshold - 0.5)))
 
 
-def _by_threshold(config: SegmentationConfig, found: Splits) -> tuple[str, list[Mask]]:
+def threshold_masks(config: SegmentationConfig, found: Splits) -> tuple[str, list[Mask]]:
     """The rule that is best on scans outside the test split, and its masks of the test split."""
     phantoms = [training_scan(config.data, (), 0, index) for index in range(min(MEASURED, config.data.phantoms))]
     rule, _ = best_rule([*found.train, *found.validation] if found.train else [*phantoms, *found.validation])

@@ -83,3 +83,14 @@ def test_fresh_phantoms_are_new_in_every_epoch():
     assert len(set(ids)) == 9
     fixed = config.model_copy(update={"fresh_phantoms": False})
     assert training_scan(fixed, real, 0, 3).id == training_scan(fixed, real, 4, 3).id
+
+
+def test_real_scans_come_after_the_epochs_of_phantoms():
+    config = DataConfig(phantoms=3, fresh_phantoms=True, phantom_epochs=2)
+    real = phantoms(config, TEST, range(2))
+    drawn = [[training_scan(config, real, epoch, index) for index in range(5)] for epoch in range(4)]
+    known = {scan.id for scan in real}
+    assert not any(scan.id in known for epoch in drawn[:2] for scan in epoch)
+    assert all([scan.id for scan in epoch[:2]] == [scan.id for scan in real] for epoch in drawn[2:])
+    made = [scan.id for epoch in drawn for scan in epoch if scan.id not in known]
+    assert len(set(made)) == len(made) == 16
