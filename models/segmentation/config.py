@@ -196,7 +196,7 @@ class ExportConfig(_Section):
 
     calibration_images: int = Field(32, ge=1)
     """Of the training split, for int8."""
-    prune: float = Field(0.5, gt=0, lt=1)
+    prune: float = Field(0.25, gt=0, lt=1)
     """Share of the channels of each convolution that is removed."""
     finetune_steps: int = Field(150, ge=0)
     """After pruning, in the exporting process."""

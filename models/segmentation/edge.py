@@ -1,11 +1,10 @@
-"""Variants of a trained U-Net for small devices, as ONNX files: half precision, int8, half the channels, both.
+"""Variants of a trained U-Net for small devices, as ONNX files: half precision, int8, fewer channels, both.
 
 int8 is static: activations are quantised too, by ranges seen on training images, since dynamic quantisation leaves
 convolutions as they are. Pruning removes whole channels, since zeroed weights shrink no file; what it leaves is a U-Net
 with fewer features, fine-tuned for some steps.
 """
 
-import copy
 import importlib.util
 import tempfile
 import time
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.segmentation import predict
-from models.segmentation.config import NetworkConfig, PreprocessConfig, SegmentationConfig
+from models.segmentation.config import PreprocessConfig, SegmentationConfig
 from models.segmentation.network import UNet
 from models.segmentation.predict import SegmentationPredictor
 from models.segmentation.preprocess import normalise
+from models.segmentation.prune import pruned
 from models.segmentation.scans import Image, Scan
 from models.segmentation.scores import mean_scores
 from models.segmentation.train import SegmentationTask
@@ -78,7 +77,8 @@ def variants(
         folder: for the files.
 
     Raises:
-        EdgeError: onnx, onnxruntime or torch-pruning isn't installed.
+        EdgeError: onnx, onnxruntime or onnxscript isn't installed.
+        PruneError: the network can't be pruned by the configured share.
     """
     _require()
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def variants(
     if not isinstance(network, UNet):
         raise EdgeError("Only a U-Net that is in memory can be exported.")
     calibration = task.training_images(config.export.calibration_images)
-    slim, slim_size = pruned(network, predictor.size, config.export.prune, config.preprocess.size_px)
+    slim, slim_size = pruned(network, predictor.size, config.export.prune)
     finetune(slim, task, config.export.finetune_steps)
     files: list[tuple[str, Path, nn.Module]] = []
     for name, one in (("fp32", network), ("pruned", slim)):
@@ -148,47 +148,17 @@ def to_int8(path: Path, images: Sequence[Image], config: PreprocessConfig, targe
     return target
 
 
-def pruned(network: UNet, size: NetworkConfig, share: float, size_px: int) -> tuple[UNet, NetworkConfig]:
-    """A U-Net without that share of each level's channels, those with the smallest weights, and its size.
-
-    Channels that meet in an addition or a concatenation are removed together (Fang et al., 2023, torch-pruning).
-
-    Raises:
-        EdgeError: no channel would be left, or the norm doesn't allow it.
-    """
-    import torch_pruning
-
-    features = tuple(width - int(width * share) for width in size.features)
-    if size.norm == "group":
-        raise EdgeError("A network with norm=group can't be pruned by channels; train it with another norm.")
-    slim = copy.deepcopy(network).cpu().eval()
-    torch_pruning.pruner.BasePruner(
-        slim,
-        torch.zeros(1, 1, size_px, size_px),
-        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        pruning_ratio=share,
-        ignored_layers=[slim.last, *(gate.weight for gate in slim.gates if hasattr(gate, "weight"))],
-    ).step()
-    new_size = size.model_copy(update={"features": features})
-    rebuilt = predict.build(new_size)
-    try:
-        rebuilt.load_state_dict(slim.state_dict())
-    except RuntimeError:
-        raise EdgeError(f"Pruning by {share:g} leaves features {size.features} uneven; take another share.") from None
-    return rebuilt, new_size
-
-
 def finetune(network: UNet, task: SegmentationTask, steps: int) -> None:
-    """Train on in this process, with a quarter of the learning rate of the training."""
+    """Train on in this process, with half the learning rate of the training."""
     train = task.config.train
-    optimizer = torch.optim.AdamW(network.parameters(), 0.25 * train.learning_rate, weight_decay=train.weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), 0.5 * train.learning_rate, weight_decay=train.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     network.train()
     for step in range(steps):
         numbers = range(step * train.batch_size, (step + 1) * train.batch_size)
         loss, count = task.loss(network, task.batch([divmod(number, task.size) for number in numbers]))
         optimizer.zero_grad(set_to_none=True)
-        (loss / count).backward()
+        (loss / count).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         scheduler.step()
     network.eval()
@@ -251,6 +221,6 @@ def _latencies_ms(networks: Sequence[nn.Module], size_px: int, repeats: int) -> 
 
 
 def _require() -> None:
-    for package in ("onnx", "onnxruntime", "onnxscript", "torch_pruning"):
+    for package in ("onnx", "onnxruntime", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise EdgeError(f"Exporting needs the package {package}: pip install 'millrace[segmentation]'.")

@@ -4,7 +4,7 @@ Empty masks: where truth and prediction are both empty, Dice, IoU, precision and
 is 0; where one of them is empty, all four are 0 and the distance is the diagonal of the image, the largest there is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +84,7 @@ def best_rule(scans: Sequence[Scan]) -> tuple[str, Mapping[str, float]]:
     return max(found, key=lambda rule: found[rule]), found
 
 
-_THRESHOLDS = {
+_THRESHOLDS: Mapping[str, Callable[[Image], float]] = {
     "otsu": filters.threshold_otsu,
     "li": filters.threshold_li,
     "triangle": filters.threshold_triangle,

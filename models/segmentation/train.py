@@ -280,8 +280,10 @@ def _register(
 
 def fingerprint(config: SegmentationConfig, found: Splits) -> str:
     """A hash of what decides the weights: data, network and recipe, but not how the work is scheduled."""
-    left_out = {"predict": True, "export": True, "registered_name": True, "change": True, "train": SCHEDULING}
-    deciding = config.model_dump(mode="json", exclude=left_out)
+    deciding = config.model_dump(
+        mode="json",
+        exclude={"predict": True, "export": True, "registered_name": True, "change": True, "train": SCHEDULING},
+    )
     total = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
     for scan in (*found.train, *found.validation, *found.test):
         total.update(f"{scan.id}\0".encode())
