@@ -25,14 +25,18 @@ def main() -> dict[str, object]:
     environment.export()
     output = (arguments.output or environment.home / "reports" / "segmentation").absolute()
     asked = [
-        (path.stem, load(SegmentationConfig, path, [*arguments.overrides, f"train.seed={seed}", f"data.seed={seed}"]))
-        for path in arguments.configs
-        for seed in arguments.seeds
+        (path.stem, _config(path, arguments.overrides, seed)) for path in arguments.configs for seed in arguments.seeds
     ]
     with ray_session():
         trials = [_trial(name, config, environment, output) for name, config in asked]
     result = write(trials, output)
     return {"report": str(output / "experiments.md"), **result}
+
+
+def _config(path: Path, overrides: list[str], seed: int) -> SegmentationConfig:
+    """A configuration with the seed of its split and training; its models aren't those that are served."""
+    config = load(SegmentationConfig, path, [*overrides, f"train.seed={seed}", f"data.seed={seed}"])
+    return config.model_copy(update={"registered_name": f"{config.registered_name}-experiments"})
 
 
 def _trial(name: str, config: SegmentationConfig, environment: Environment, output: Path) -> Trial:

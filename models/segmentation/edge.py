@@ -90,10 +90,11 @@ def variants(
     slim, slim_size = pruned(network, predictor.size, config.export.prune)
     finetune(slim, task, config.export.finetune_steps)
     files: list[tuple[str, Path, nn.Module]] = []
-    for name, one in (("fp32", network), ("pruned", slim)):
+    for name, small_name, one in (("fp32", "int8", network), ("pruned", "pruned int8", slim)):
         path = to_onnx(one, config.preprocess.size_px, folder / f"{name}.onnx")
-        small = to_int8(path, calibration, config.preprocess, folder / f"{name}-int8.onnx")
-        files += [(name, path, one), (f"{name} int8" if name != "fp32" else "int8", small, one)]
+        target = folder / f"{small_name.replace(' ', '-')}.onnx"
+        small = to_int8(path, calibration, config.preprocess, target)
+        files += [(name, path, one), (small_name, small, one)]
     files.insert(1, ("fp16", to_fp16(files[0][1], folder / "fp16.onnx"), network))
     SegmentationPredictor(
         slim, slim_size, predictor.preprocess, threshold=predictor.threshold, flip=predictor.flip

@@ -3,7 +3,11 @@
 Zeroed weights shrink no file and speed nothing up, so whole channels go: the same share of every layer. How much a
 channel matters is the scale that its norm gives it (Liu et al., 2017), or the size of its weights where it has no norm.
 What a channel fed goes with it: inputs of later layers, the part of a decoder that a skip fills, the gate of the skip.
+
+Layers are `Any` here, since torch declares the children of a module as tensors or modules.
 """
+
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -39,6 +43,8 @@ def _fill(slim: UNet, network: UNet) -> None:
     """Copy the channels that stay, from the first layer to the last."""
     channels = torch.arange(1)
     skips: list[Tensor] = []
+    new_rise: Any
+    old_rise: Any
     for new, old in zip(slim.encoders, network.encoders, strict=True):
         channels = _block(new, old, channels)
         skips.append(channels)
@@ -54,7 +60,7 @@ def _fill(slim: UNet, network: UNet) -> None:
     _copy(slim.last, network.last, torch.arange(1), channels)
 
 
-def _block(new: nn.Module, old: nn.Module, entering: Tensor) -> Tensor:
+def _block(new: Any, old: Any, entering: Tensor) -> Tensor:
     """Fill a pair of convolutions with the channels that enter it; those that leave it."""
     new_layers, old_layers = (one.inner if _residual(one) else one for one in (new, old))
     (first, norm1), (second, norm2) = ((old_layers[at], old_layers[at + 1]) for at in (0, 3))
@@ -77,18 +83,18 @@ def _block(new: nn.Module, old: nn.Module, entering: Tensor) -> Tensor:
     return leaving
 
 
-def _gate(new: nn.Module, old: nn.Module, skip: Tensor, risen: Tensor) -> None:
+def _gate(new: Any, old: Any, skip: Tensor, risen: Tensor) -> None:
     inner = _strongest(old.weight.weight[0, :, 0, 0].abs(), new.skip.out_channels)
     _copy(new.skip, old.skip, inner, skip)
     _copy(new.signal, old.signal, inner, risen)
     _copy(new.weight, old.weight, torch.arange(1), inner)
 
 
-def _residual(block: nn.Module) -> bool:
+def _residual(block: Any) -> bool:
     return hasattr(block, "short")
 
 
-def _scale(layer: nn.Module, norm: nn.Module | None = None) -> Tensor:
+def _scale(layer: Any, norm: Any = None) -> Tensor:
     """How much each channel that leaves the layer matters."""
     scale = getattr(norm, "weight", None)
     if isinstance(scale, Tensor):
@@ -99,10 +105,10 @@ def _scale(layer: nn.Module, norm: nn.Module | None = None) -> Tensor:
 
 def _strongest(scale: Tensor, count: int) -> Tensor:
     """The channels with the largest scale, in their order."""
-    return scale.argsort(descending=True, stable=True)[:count].sort().values
+    return torch.sort(scale.argsort(descending=True, stable=True)[:count]).values
 
 
-def _copy(new: nn.Module, old: nn.Module, leaving: Tensor, entering: Tensor | None = None) -> None:
+def _copy(new: Any, old: Any, leaving: Tensor, entering: Tensor | None = None) -> None:
     """Fill a layer with the channels of another; norms have no `entering` ones."""
     for name, tensor in old.state_dict().items():
         if tensor.ndim == 0:

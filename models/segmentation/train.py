@@ -208,18 +208,12 @@ def chosen_threshold(predictor: SegmentationPredictor, scans: Sequence[Scan], co
     if config.predict.threshold != "validation":
         return float(config.predict.threshold)
     found = predictor.segment([scan.image for scan in scans])
-    means = {
-        threshold: float(
-            np.mean(
-                [
-                    overlap(one.probability >= threshold, scan.mask)["dice"]
-                    for one, scan in zip(found, scans, strict=True)
-                ]
-            )
-        )
-        for threshold in THRESHOLDS
-    }
-    return max(means, key=lambda threshold: (round(means[threshold], 6), -abs(threshold - 0.5)))
+
+    def mean_dice(threshold: float) -> float:
+        pairs = zip(found, scans, strict=True)
+        return float(np.mean([overlap(one.probability >= threshold, scan.mask)["dice"] for one, scan in pairs]))
+
+    return max(THRESHOLDS, key=lambda threshold: (round(mean_dice(threshold), 6), -abs(threshold - 0.5)))
 
 
 def threshold_masks(config: SegmentationConfig, found: Splits) -> tuple[str, list[Mask]]:
@@ -253,7 +247,10 @@ def _register(
     found: Splits,
     scores: Mapping[str, float],
 ) -> tuple[ModelVersion, str]:
-    """Register, as champion where the present one is not at least as good on the same split, else as challenger."""
+    """Register, as champion where the present one is not at least as good on the same split, else as challenger.
+
+    A champion that another split of the same real images trained can't be judged on this one, so it stays.
+    """
     name = config.registered_name
     tags = {"task": "segmentation", "split_hash": found.hash, "source": found.source}
     tags |= {key: f"{value:.6f}" for key, value in scores.items()}
@@ -267,15 +264,26 @@ def _register(
     champion = registry.resolve(name, CHAMPION)
     if champion.tags.get("split_hash") == found.hash:
         to_beat = float(champion.tags["dice"])
+    elif found.source != "phantoms" and champion.tags.get("source") == found.source:
+        reason = (
+            f"version {champion.version} was trained on another split, perhaps on images of test split {found.hash}"
+        )
+        registry.set_alias(name, CHALLENGER, version.version, reason)
+        return version, CHALLENGER
     else:
-        with tempfile.TemporaryDirectory() as cache:
-            present = predict.load(registry.download(champion, Path(cache)))
-        masks = [one.mask for one in present.segment([scan.image for scan in found.test])]
-        to_beat = mean_scores(masks, found.test)["dice"]
+        to_beat = _dice_of(registry, champion, found)
     alias = CHAMPION if scores["dice"] > to_beat else CHALLENGER
     reason = f"Dice {scores['dice']:.4f} against {to_beat:.4f} of version {champion.version} on split {found.hash}"
     registry.set_alias(name, alias, version.version, reason)
     return version, alias
+
+
+def _dice_of(registry: Registry, version: ModelVersion, found: Splits) -> float:
+    """What a registered version scores on this test split."""
+    with tempfile.TemporaryDirectory() as cache:
+        present = predict.load(registry.download(version, Path(cache)))
+    masks = [one.mask for one in present.segment([scan.image for scan in found.test])]
+    return mean_scores(masks, found.test)["dice"]
 
 
 def fingerprint(config: SegmentationConfig, found: Splits) -> str:
