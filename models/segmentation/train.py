@@ -42,6 +42,7 @@ class SegmentationTask:
     validation: tuple[Scan, ...]
 
     primary = "dice_loss"
+    higher_is_better = False
 
     @property
     def size(self) -> int:
@@ -201,6 +202,13 @@ def train(config: SegmentationConfig, found: Splits, *, home: Path, tracking_uri
         "parameters": sum(parameter.numel() for parameter in predictor.network.parameters()),
     }
     return Outcome(result, fitted, predictor, task, masks, rule, tuple(rule_masks))
+
+
+def sample_scores(found: Splits, folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Dice and IoU of each scan of the test split as (value, 1), by the model in a folder."""
+    masks = [one.mask for one in predict.load(folder).segment([scan.image for scan in found.test])]
+    rows = [overlap(mask, scan.mask) for mask, scan in zip(masks, found.test, strict=True)]
+    return {name: [(row[name], 1.0) for row in rows] for name in ("dice", "iou")}
 
 
 def chosen_threshold(predictor: SegmentationPredictor, scans: Sequence[Scan], config: SegmentationConfig) -> float:

@@ -10,8 +10,8 @@ import torch
 from models.segmentation.config import SegmentationConfig
 from models.segmentation.data import splits
 from models.segmentation.predict import Segmented
-from models.segmentation.scores import overlap
-from models.segmentation.train import SegmentationTask, chosen_threshold, fingerprint
+from models.segmentation.scores import mean_scores, overlap
+from models.segmentation.train import SegmentationTask, chosen_threshold, fingerprint, sample_scores
 
 TINY = {
     "data": {"phantoms": 6, "validation_phantoms": 5, "test_phantoms": 3, "phantom_size_px": 32},
@@ -101,3 +101,14 @@ def test_a_fingerprint_changes_with_what_decides_the_weights_only():
     assert one != fingerprint(config(train={"seed": 1}), found)
     assert one != fingerprint(config(loss={"bce": 2}), found)
     assert one != fingerprint(config(), splits(config(data=TINY["data"] | {"seed": 3}).data, None))
+
+
+def test_scores_by_sample_are_those_of_the_mean(tmp_path):
+    one, found = task(), splits(config().data, None)
+    predictor = one.predictor(one.build())
+    predictor.save(tmp_path)
+    scores = sample_scores(found, tmp_path)
+    means = mean_scores([each.mask for each in predictor.segment([scan.image for scan in found.test])], found.test)
+    for name, pairs in scores.items():
+        assert len(pairs) == len(found.test)
+        assert sum(value for value, _ in pairs) / sum(count for _, count in pairs) == pytest.approx(means[name])
