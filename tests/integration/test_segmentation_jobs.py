@@ -93,10 +93,3 @@ def test_train_evaluate_export_and_find(home: Path) -> None:
     assert np.asarray(Image.open(home / "out" / "one_mask.png")).shape == (96, 96)
     lines = [json.loads(line) for line in (home / "out" / "results.jsonl").read_text().splitlines()]
     assert ["error" in line for line in lines] == [True, False]
-
-
-def test_bad_input_is_one_line(home: Path) -> None:
-    wrong = job("infer_segmentation.py", home, "--input", str(home / "nothing"), "--output", str(home / "out"))
-    assert wrong.returncode == 2
-    assert wrong.stderr.splitlines()[-1].startswith("error: ")
-    assert "holds no image" in wrong.stderr
