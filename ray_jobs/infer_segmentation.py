@@ -10,7 +10,7 @@ from PIL import Image
 
 from models.segmentation import predict
 from models.segmentation.figures import overlay
-from models.segmentation.images import read_image
+from models.segmentation.images import is_mask, read_image
 from models.segmentation.predict import SegmentationPredictor
 from models.segmentation.scans import DataError
 from ops.environment import Environment
@@ -26,7 +26,8 @@ def main() -> dict[str, object]:
     arguments = _arguments()
     environment = Environment.read()
     environment.export()
-    paths = sorted(path for path in arguments.input.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in arguments.input.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = [path for path in files if not is_mask(path)]
     if not paths:
         raise JobError(f"{arguments.input}: holds no image ({', '.join(sorted(SUFFIXES))}).")
     predictor = predict.find(arguments.model, arguments.name, environment.tracking_uri, environment.home / "models")

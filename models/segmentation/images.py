@@ -53,6 +53,11 @@ def read_image(path: Path) -> Image:
         raise DataError(f"{path}: can't be read as an image ({' '.join(str(error).split())}).") from None
 
 
+def is_mask(path: Path) -> bool:
+    """Whether a file is the mask of another one, by its name."""
+    return _MASK.fullmatch(path.stem) is not None
+
+
 def read_folder(folder: Path) -> tuple[list[Scan], int]:
     """The scans of a folder by the order of their names, and how many images had to be skipped.
 
@@ -62,7 +67,7 @@ def read_folder(folder: Path) -> tuple[list[Scan], int]:
     scans: list[Scan] = []
     skipped = 0
     for path in sorted(folder.glob("*/*.png"), key=_natural):
-        if _MASK.fullmatch(path.stem):
+        if is_mask(path):
             continue
         try:
             scans.append(_scan(path))

@@ -84,6 +84,7 @@ def test_train_evaluate_export_and_find(home: Path) -> None:
     pictures.mkdir()
     made = phantom(0, 0, 0, 96).image
     Image.fromarray((made * 255).astype(np.uint8)).save(pictures / "one.png")
+    Image.new("L", (96, 96)).save(pictures / "one_mask.png")
     (pictures / "broken.png").write_bytes(b"no image")
     folder = str(Path(exported["folder"]) / "pruned")
     found = result(
