@@ -210,14 +210,17 @@ def _measured(
 
 
 def _latencies_ms(networks: Sequence[nn.Module], size_px: int, repeats: int) -> list[float]:
-    """Medians of single-image runs, the networks in turn so that a busy machine slows all alike; three don't count."""
+    """Medians of single-image runs on one thread, in time on its core, so that a busy machine doesn't count.
+
+    The networks run in turn; the first three runs of each are left out.
+    """
     image = torch.zeros(1, 1, size_px, size_px)
     taken: list[list[float]] = [[] for _ in networks]
     for _ in range(repeats + 3):
         for network, times in zip(networks, taken, strict=True):
-            started = time.perf_counter()
+            started = time.thread_time()
             network(image)
-            times.append(time.perf_counter() - started)
+            times.append(time.thread_time() - started)
     return [1000 * float(np.median(times[3:])) for times in taken]
 
 
