@@ -100,7 +100,8 @@ def _scale(layer: Any, norm: Any = None) -> Tensor:
     if isinstance(scale, Tensor):
         return scale.abs()
     weight = layer.weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else layer.weight
-    return torch.linalg.vector_norm(torch.as_tensor(weight).flatten(1), dim=1)
+    strength: Tensor = torch.linalg.vector_norm(torch.as_tensor(weight).flatten(1), dim=1)
+    return strength
 
 
 def _strongest(scale: Tensor, count: int) -> Tensor:
