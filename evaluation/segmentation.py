@@ -42,6 +42,7 @@ class Trial:
     validation_dice: float
     validation_iou: float
     threshold: float
+    peak: float
     parameters: int
     seconds: float
     rule_name: str

@@ -56,6 +56,7 @@ def _trial(name: str, config: SegmentationConfig, environment: Environment, outp
         validation_dice=float(outcome.fit.metrics["dice"]),
         validation_iou=float(outcome.fit.metrics["iou"]),
         threshold=outcome.predictor.threshold,
+        peak=outcome.predictor.peak,
         parameters=sum(parameter.numel() for parameter in outcome.predictor.network.parameters()),
         seconds=round(outcome.fit.seconds, 1),
         rule_name=outcome.rule,

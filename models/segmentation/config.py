@@ -179,6 +179,8 @@ class PredictConfig(_Section):
 
     threshold: float | Literal["validation"] = 0.5
     """`validation`: the one with the best Dice on the validation split."""
+    peak: float | Literal["validation"] = 0.0
+    """Probability that a spot must reach somewhere to count at all; it keeps images without a lesion empty."""
     flip: bool = False
     """Test-time augmentation: the mean over the image and its mirror image."""
     panels: int = Field(8, ge=0)
@@ -188,6 +190,8 @@ class PredictConfig(_Section):
     def _probability(self) -> Self:
         if self.threshold != "validation" and not 0 < float(self.threshold) < 1:
             raise ValueError("threshold must be between 0 and 1, or `validation`")
+        if self.peak != "validation" and not 0 <= float(self.peak) < 1:
+            raise ValueError("peak must be from 0 to below 1, or `validation`")
         return self
 
 

@@ -71,7 +71,7 @@ def variants(
     """Make and measure all variants of a trained model, the unchanged one first.
 
     Args:
-        predictor: the trained model; its threshold and flip count for all variants.
+        predictor: the trained model; its threshold, peak and flip count for all variants.
         task: gives the images for calibration and fine-tuning.
         test: scans of the comparison.
         folder: for the files.
@@ -97,7 +97,12 @@ def variants(
         files += [(name, path, one), (small_name, small, one)]
     files.insert(1, ("fp16", to_fp16(files[0][1], folder / "fp16.onnx"), network))
     SegmentationPredictor(
-        slim, slim_size, predictor.preprocess, threshold=predictor.threshold, flip=predictor.flip
+        slim,
+        slim_size,
+        predictor.preprocess,
+        threshold=predictor.threshold,
+        peak=predictor.peak,
+        flip=predictor.flip,
     ).save(folder / "pruned")
     return _measured(files, predictor, config, test)
 
@@ -202,7 +207,9 @@ def _measured(
     latencies_ms = _latencies_ms(running, config.preprocess.size_px, config.export.repeats)
     found = []
     for (name, path, network), runs, latency_ms in zip(files, running, latencies_ms, strict=True):
-        model = SegmentationPredictor(runs, like.size, like.preprocess, threshold=like.threshold, flip=like.flip)
+        model = SegmentationPredictor(
+            runs, like.size, like.preprocess, threshold=like.threshold, peak=like.peak, flip=like.flip
+        )
         scores = mean_scores([one.mask for one in model.segment([scan.image for scan in test])], test)
         parameters = sum(parameter.numel() for parameter in network.parameters())
         found.append(Variant(name, path, path.stat().st_size, latency_ms, parameters, scores["dice"], scores["iou"]))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from skimage.filters import apply_hysteresis_threshold
 from torch import nn
 
 from models.predictor import DESCRIPTION, PredictorError, describe
@@ -22,7 +23,7 @@ _AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Segmented:
-    """What was found in one image, [H, W]: the probability of each pixel, and where it reaches the threshold."""
+    """What was found in one image, [H, W]: the probability of each pixel, and the mask of `spots`."""
 
     probability: Image
     mask: Mask
@@ -40,12 +41,13 @@ class SegmentationPredictor:
         preprocess: PreprocessConfig,
         *,
         threshold: float = 0.5,
+        peak: float = 0.0,
         flip: bool = False,
         device: str = "cpu",
     ) -> None:
         self.network = network.to(device).eval()
         self.size, self.preprocess = size, preprocess
-        self.threshold, self.flip = threshold, flip
+        self.threshold, self.peak, self.flip = threshold, peak, flip
         self._device = device
 
     def segment(self, images: Sequence[Image]) -> list[Segmented]:
@@ -60,7 +62,7 @@ class SegmentationPredictor:
         found = []
         for image, square in zip(images, self.probabilities(prepared), strict=True):
             probability = restore(square, (image.shape[0], image.shape[1]), self.preprocess)
-            found.append(Segmented(probability, probability >= self.threshold))
+            found.append(Segmented(probability, spots(probability, self.threshold, self.peak)))
         return found
 
     def probabilities(self, prepared: Sequence[Image]) -> list[Image]:
@@ -86,9 +88,17 @@ class SegmentationPredictor:
             "network": self.size.model_dump(),
             "preprocess": self.preprocess.model_dump(),
             "threshold": self.threshold,
+            "peak": self.peak,
             "flip": self.flip,
         }
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
+
+
+def spots(probability: Image, threshold: float, peak: float) -> Mask:
+    """Pixels from the threshold on, in connected spots that somewhere exceed the peak (hysteresis, Canny, 1986)."""
+    if peak <= threshold:
+        return np.asarray(probability >= threshold)
+    return np.asarray(apply_hysteresis_threshold(probability, threshold, peak), bool)
 
 
 def build(size: NetworkConfig) -> UNet:
@@ -115,11 +125,12 @@ def load(folder: Path, device: str = "cpu") -> SegmentationPredictor:
         preprocess = PreprocessConfig.model_validate(description["preprocess"])
         network = build(size)
         network.load_state_dict(torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True))
-        threshold, flip = float(str(description["threshold"])), bool(description["flip"])
+        threshold, peak = float(str(description["threshold"])), float(str(description["peak"]))
+        flip = bool(description["flip"])
     except (OSError, KeyError, ValueError, RuntimeError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PredictorError(f"{folder}: holds no segmentation model ({type(error).__name__}: {reason}).") from None
-    return SegmentationPredictor(network, size, preprocess, threshold=threshold, flip=flip, device=device)
+    return SegmentationPredictor(network, size, preprocess, threshold=threshold, peak=peak, flip=flip, device=device)
 
 
 def find(model: str, registered_name: str, tracking_uri: str, cache: Path) -> SegmentationPredictor:

@@ -17,7 +17,7 @@ from models import trainer
 from models.registry import CHALLENGER, CHAMPION, ModelVersion, Registry
 from models.runs import Run, claimed, opened
 from models.segmentation import figures, predict
-from models.segmentation.config import SegmentationConfig
+from models.segmentation.config import PredictConfig, SegmentationConfig
 from models.segmentation.data import Splits, training_number, training_scan
 from models.segmentation.network import UNet, segmentation_loss
 from models.segmentation.predict import SegmentationPredictor
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 SCHEDULING = {"name", "workers", "cpus_per_worker", "max_failures", "log_every", "keep"}
 THRESHOLDS = tuple(round(0.1 + 0.05 * step, 2) for step in range(17))
+PEAKS = (0.0, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 MEASURED = 40
 """Training images on which Dice is measured beside the validation split, and on which the threshold rule is chosen."""
 
@@ -89,7 +90,7 @@ class SegmentationTask:
         return {"dice_loss": (count_ - total, count_), **found}
 
     def predictor(self, network: nn.Module) -> SegmentationPredictor:
-        """The network as it is used after training, at threshold .5 until another one is chosen."""
+        """The network as it is used after training, at threshold .5 until limits are chosen."""
         if not isinstance(network, UNet):
             raise TypeError(f"{type(network).__name__} is no UNet")
         device = str(next(network.parameters()).device)
@@ -170,7 +171,7 @@ def train(config: SegmentationConfig, found: Splits, *, home: Path, tracking_uri
             run_id=run.id,
         )
         predictor = task.predictor(_trained(task, fitted.weights))
-        predictor.threshold = chosen_threshold(predictor, found.validation, config)
+        predictor.threshold, predictor.peak = chosen_limits(predictor, found.validation, config.predict)
         masks = tuple(one.mask for one in predictor.segment([scan.image for scan in found.test]))
         scores = mean_scores(masks, found.test)
         rule, rule_masks = threshold_masks(config, found)
@@ -188,6 +189,7 @@ def train(config: SegmentationConfig, found: Splits, *, home: Path, tracking_uri
         "rule": rule,
         "rule_dice": round(rule_scores["dice"], 4),
         "threshold": predictor.threshold,
+        "peak": predictor.peak,
         "steps": fitted.steps,
         "best_step": fitted.best_step,
         "seconds": round(fitted.seconds, 1),
@@ -211,17 +213,22 @@ def sample_scores(found: Splits, folder: Path) -> dict[str, list[tuple[float, fl
     return {name: [(row[name], 1.0) for row in rows] for name in ("dice", "iou")}
 
 
-def chosen_threshold(predictor: SegmentationPredictor, scans: Sequence[Scan], config: SegmentationConfig) -> float:
-    """The configured threshold, or the one of `THRESHOLDS` with the best mean Dice on these scans."""
-    if config.predict.threshold != "validation":
-        return float(config.predict.threshold)
+def chosen_limits(
+    predictor: SegmentationPredictor, scans: Sequence[Scan], config: PredictConfig
+) -> tuple[float, float]:
+    """Threshold and peak: the configured ones, or those with the best mean Dice on these scans."""
+    thresholds = THRESHOLDS if config.threshold == "validation" else (float(config.threshold),)
+    peaks = PEAKS if config.peak == "validation" else (float(config.peak),)
+    if len(thresholds) == len(peaks) == 1:
+        return thresholds[0], peaks[0]
     found = predictor.segment([scan.image for scan in scans])
 
-    def mean_dice(threshold: float) -> float:
+    def goodness(limits: tuple[float, float]) -> tuple[float, float, float]:
         pairs = zip(found, scans, strict=True)
-        return float(np.mean([overlap(one.probability >= threshold, scan.mask)["dice"] for one, scan in pairs]))
+        each = [overlap(predict.spots(one.probability, *limits), scan.mask)["dice"] for one, scan in pairs]
+        return round(float(np.mean(each)), 6), -abs(limits[0] - 0.5), -limits[1]
 
-    return max(THRESHOLDS, key=lambda threshold: (round(mean_dice(threshold), 6), -abs(threshold - 0.5)))
+    return max(((threshold, peak) for threshold in thresholds for peak in peaks), key=goodness)
 
 
 def threshold_masks(config: SegmentationConfig, found: Splits) -> tuple[str, list[Mask]]:

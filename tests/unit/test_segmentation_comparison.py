@@ -22,7 +22,7 @@ def trial(experiment="a", seed=0, gain=0.3, count=30):
         kind = ("benign", "malignant", "normal")[number % 3]
         network = {"dice": base + gain, "hausdorff95_px": 4.0}
         made.append(Row(str(number), kind, f"g{number // 2}", network, {"dice": base, "hausdorff95_px": 9.0}))
-    return Trial(experiment, "this", seed, "key", "hash", 0.8, 0.7, 0.5, 1234, 9.0, "otsu", tuple(made))
+    return Trial(experiment, "this", seed, "key", "hash", 0.8, 0.7, 0.5, 0.9, 1234, 9.0, "otsu", tuple(made))
 
 
 def test_a_constant_gain_is_found_for_every_kind():

@@ -126,11 +126,11 @@ def test_with_test_time_augmentation_a_mirrored_image_gets_the_mirrored_answer(i
 
 
 def test_a_saved_model_is_the_same_model(images, tmp_path):
-    before = predictor(threshold=0.35, flip=True)
+    before = predictor(threshold=0.35, peak=0.6, flip=True)
     before.save(tmp_path / "model")
     after = load(tmp_path / "model")
     assert isinstance(after, SegmentationPredictor)
-    assert (after.task, after.threshold, after.flip) == ("segmentation", 0.35, True)
+    assert (after.task, after.threshold, after.peak, after.flip) == ("segmentation", 0.35, 0.6, True)
     for one, other in zip(before.segment(images), after.segment(images), strict=True):
         assert np.array_equal(one.probability, other.probability)
 
@@ -168,6 +168,7 @@ def test_what_is_no_grey_image_is_refused(image):
         ({"network": {"features": []}}, "one or more positive numbers"),
         ({"loss": {"dice": 0, "bce": 0}}, "must not both be 0"),
         ({"predict": {"threshold": 1.5}}, "between 0 and 1"),
+        ({"predict": {"peak": 1.0}}, "from 0 to below 1"),
         ({"data": {"phantoms": 0}}, "phantoms must be at least 1"),
         ({"preprocess": {"steps": [{"name": "median"}]}}, "lee"),
     ],

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from models.segmentation.config import SegmentationConfig
+from models.segmentation.config import PredictConfig, SegmentationConfig
 from models.segmentation.data import splits
-from models.segmentation.predict import Segmented
-from models.segmentation.scores import mean_scores, overlap
-from models.segmentation.train import SegmentationTask, chosen_threshold, fingerprint, sample_scores
+from models.segmentation.predict import Segmented, spots
+from models.segmentation.scores import mean_scores
+from models.segmentation.train import SegmentationTask, chosen_limits, fingerprint, sample_scores
 
 TINY = {
     "data": {"phantoms": 6, "validation_phantoms": 5, "test_phantoms": 3, "phantom_size_px": 32},
@@ -86,12 +86,40 @@ class Graded:
         return [Segmented(np.where(image > 0, 0.32, 0.22).astype(np.float32), image > 0) for image in images]
 
 
-def test_the_threshold_is_the_best_on_the_scans_that_it_is_given():
+def test_the_limits_are_the_best_on_the_scans_that_they_are_given():
     found = splits(config().data, None)
     scans = [replace(scan, image=scan.mask.astype(np.float32)) for scan in found.test]
-    assert chosen_threshold(Graded(), scans, config(predict={"threshold": "validation"})) == 0.3
-    assert chosen_threshold(Graded(), scans, config(predict={"threshold": 0.7})) == 0.7
-    assert overlap(Graded().segment([scans[0].image])[0].probability >= 0.3, scans[0].mask)["dice"] == 1
+    limits = [PredictConfig(threshold=one, peak=other) for one, other in (("validation", 0), (0.7, 0.8))]
+    assert chosen_limits(Graded(), scans, limits[0]) == (0.3, 0.0)
+    assert chosen_limits(Graded(), scans, limits[1]) == (0.7, 0.8)
+
+
+class Unsure:
+    """Finds every lesion with .95, and in images without one a spot with .75."""
+
+    def segment(self, images):
+        made = [np.where(image > 0, 0.95, 0.1) if image.any() else np.eye(32) * 0.75 for image in images]
+        return [Segmented(one.astype(np.float32), one > 0.5) for one in made]
+
+
+def test_a_peak_keeps_images_without_a_lesion_empty():
+    found = splits(config().data, None)
+    scans = [replace(scan, image=scan.mask.astype(np.float32)) for scan in found.test]
+    empty = replace(scans[0], image=np.zeros((32, 32), np.float32), mask=np.zeros((32, 32), bool))
+    assert chosen_limits(Unsure(), scans, PredictConfig(peak="validation")) == (0.5, 0.0)
+    threshold, peak = chosen_limits(Unsure(), [*scans, empty], PredictConfig(peak="validation"))
+    assert threshold == 0.5 and 0.75 <= peak < 0.95
+
+
+def test_spots_are_kept_whole_or_not_at_all():
+    probability = np.zeros((6, 10), np.float32)
+    probability[1:4, 1:4] = 0.6
+    probability[2, 2] = 0.97
+    probability[1:4, 6:9] = 0.7
+    assert np.array_equal(spots(probability, 0.5, 0.0), probability >= 0.5)
+    assert np.argwhere(spots(probability, 0.5, 0.9)).max(axis=0).tolist() == [3, 3]
+    assert spots(probability, 0.5, 0.9).sum() == 9
+    assert not spots(probability, 0.5, 0.98).any()
 
 
 def test_a_fingerprint_changes_with_what_decides_the_weights_only():
