@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
 DESCRIPTION = "model.json"
-LOADERS = {"whisper": "models.whisper.predict", "tabular": "models.tabular.predict"}
+LOADERS = {
+    "whisper": "models.whisper.predict",
+    "tabular": "models.tabular.predict",
+    "segmentation": "models.segmentation.predict",
+}
 
 
 class PredictorError(ValueError):

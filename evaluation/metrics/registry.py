@@ -5,11 +5,12 @@ from importlib.metadata import entry_points
 from typing import cast
 
 from evaluation.metrics.auroc import AreaUnderROC
+from evaluation.metrics.dice import MeanDice
 from evaluation.metrics.metric import Metric, MetricError
 from evaluation.metrics.wer import CER, WER
 
 GROUP = "millrace.metrics"
-BUILT_IN: dict[str, Metric] = {each.name: each for each in (WER, CER, AreaUnderROC())}
+BUILT_IN: dict[str, Metric] = {each.name: each for each in (WER, CER, AreaUnderROC(), MeanDice())}
 
 
 def names() -> list[str]:

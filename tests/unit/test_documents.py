@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from models.segmentation.config import SegmentationConfig
 from models.tabular.config import TabularConfig
 from models.whisper.config import WhisperConfig
 from ops import cli
@@ -13,7 +14,7 @@ from ops.configuration import load
 from ops.simulate import _parser as simulate_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGURATIONS = {"whisper": WhisperConfig, "tabular": TabularConfig}
+CONFIGURATIONS = {"whisper": WhisperConfig, "tabular": TabularConfig, "segmentation": SegmentationConfig}
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

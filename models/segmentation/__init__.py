@@ -1,0 +1,1 @@
+"""Segmentation of lesions in ultrasound images with a U-Net."""

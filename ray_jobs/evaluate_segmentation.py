@@ -1,0 +1,50 @@
+"""Evaluate a trained segmentation model on a configuration's test split, against the best threshold rule."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.segmentation import gain_table, gains_of, rows
+from models.segmentation import data, figures, predict
+from models.segmentation.config import SegmentationConfig
+from models.segmentation.scores import METRICS
+from models.segmentation.train import threshold_masks
+from ops.configuration import load
+from ops.environment import Environment
+from ops.jobs import parser, run
+
+
+def main() -> dict[str, object]:
+    """Score network and rule, with intervals; write `evaluation.md`, `evaluation.json` and the panels."""
+    arguments = parser(__doc__ or "", config="configs/segmentation/exp_006.yaml")
+    arguments.add_argument("--model", default="champion", help="folder or alias of a trained model (%(default)s)")
+    arguments.add_argument("--output", type=Path, help="folder (default MILLRACE_HOME/reports/NAME-evaluation)")
+    given = arguments.parse_args()
+    environment = Environment.read()
+    environment.export()
+    config = load(SegmentationConfig, given.config, given.overrides)
+    name = config.registered_name
+    output = (given.output or environment.home / "reports" / f"{name}-evaluation").absolute()
+    predictor = predict.find(given.model, name, environment.tracking_uri, environment.home / "models")
+    found = data.splits(config.data, environment.data)
+    masks = [one.mask for one in predictor.segment([scan.image for scan in found.test])]
+    rule, rule_masks = threshold_masks(config, found)
+    scored = rows(found.test, masks, rule_masks)
+    result: dict[str, object] = {
+        "images": len(scored),
+        "data_hash": found.hash,
+        "rule": rule,
+        "means": {name: round(float(np.mean([row.network[name] for row in scored])), 4) for name in METRICS},
+        "gains": {one.kind: asdict(one) for one in gains_of(scored)},
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "evaluation.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    (output / "evaluation.md").write_text(gain_table(gains_of(scored)), encoding="utf-8")
+    figures.panels(predictor, found.test, config.predict.panels, output / "predictions.png")
+    return {**result, "report": str(output / "evaluation.md")}
+
+
+if __name__ == "__main__":
+    run(main)
