@@ -114,7 +114,7 @@ def write(folder: Path, metric: str, rows: Sequence[Row], outcomes: Sequence[Out
     document["trainings"] = [asdict(outcome) for outcome in outcomes]
     texts = {
         "json": json.dumps(document, indent=2, default=str) + "\n",
-        "md": f"# Comparison by {metric}\n\n{markdown(metric, rows)}",
+        "md": f"# Comparison by {metric}\n\n{markdown(metric, rows)}{_failures(outcomes)}",
         "html": page(metric, rows, outcomes),
     }
     for kind, text in texts.items():
@@ -144,6 +144,13 @@ def page(metric: str, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> str:
         "border-bottom:1px solid #ddd}img{max-width:100%}</style>"
         f"<h1>Comparison by {html.escape(metric)}</h1><table>{table}</table>{figures}</html>\n"
     )
+
+
+def _failures(outcomes: Sequence[Outcome]) -> str:
+    """Which trainings failed and why, a line each."""
+    failed = [one for one in outcomes if one.error is not None]
+    lines = [f"- {one.experiment}, seed {one.seed}: {' '.join(str(one.error).split())[:300]}" for one in failed]
+    return "\n".join(["", "Failed:", "", *lines, ""]) if failed else ""
 
 
 def _cells(metric: str, rows: Sequence[Row]) -> list[list[str]]:

@@ -146,7 +146,7 @@ def _best(trial: _Trial, path: Path, arguments: argparse.Namespace, search: Sear
         for name, values in spaces.items()
     }
     results = tune.Tuner(
-        tune.with_resources(attempt, {"cpu": 0}),
+        tune.with_resources(attempt, {"cpu": 0.01}),
         param_space=space,
         tune_config=tune.TuneConfig(
             metric="score",

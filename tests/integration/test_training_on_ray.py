@@ -60,7 +60,8 @@ def test_a_job_told_to_end_leaves_a_checkpoint_and_goes_on(folder: Path) -> None
     assert stopped.facts["place"]["ended"] is None
     steps = stopped.step + 5
     fitted = fit(slow, config.model_copy(update={"steps": steps}), folder=run, config_hash="chaos")
-    assert (fitted.steps, fitted.restarts) == (steps, 1)
+    assert fitted.steps == steps
+    assert fitted.restarts >= 1, "the second start counts, and an elastic group may be resized"
     assert all(torch.isfinite(value).all() for value in torch.load(fitted.final)["network"].values())
 
 

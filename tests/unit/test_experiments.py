@@ -43,11 +43,13 @@ def test_nothing_is_claimed_without_ground(second: list[float | None], claim: st
 
 def test_reports_hold_the_table_the_curves_and_no_markup_of_others(tmp_path: Path) -> None:
     found = [*outcomes("a|b", [0.5, 0.6, 0.7]), *outcomes("<script>", [0.4, None, 0.6])]
+    found.append(Outcome("a", 9, None, error="ValueError:\nno"))
     rows = compare(found, {}, False)
     paths = write(tmp_path / "r", "wer", rows, found)
     document = json.loads(Path(paths["json"]).read_text())
-    assert [row["experiment"] for row in document["experiments"]] == ["a|b", "<script>"]
-    assert len(document["trainings"]) == 6
+    assert [row["experiment"] for row in document["experiments"]] == ["a|b", "<script>", "a"]
+    assert len(document["trainings"]) == 7
+    assert "- a, seed 9: ValueError: no\n" in Path(paths["md"]).read_text()
     assert markdown("wer", rows).splitlines()[2].startswith("| a\\|b |  | 0.6 | 0.1 | 3 |")
     text = page("wer", rows, found)
     assert "<script>" not in text
