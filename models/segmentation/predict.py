@@ -98,7 +98,8 @@ def spots(probability: Image, threshold: float, peak: float) -> Mask:
     """Pixels from the threshold on, in connected spots that somewhere exceed the peak (hysteresis, Canny, 1986)."""
     if peak <= threshold:
         return np.asarray(probability >= threshold)
-    return np.asarray(apply_hysteresis_threshold(probability, threshold, peak), bool)
+    kept = apply_hysteresis_threshold(probability, threshold, peak)  # type: ignore[no-untyped-call]
+    return np.asarray(kept, np.bool_)
 
 
 def build(size: NetworkConfig) -> UNet:
