@@ -52,7 +52,7 @@ class _Keyed(NamedTuple):
 
 
 class Deriver:
-    """Computes one derivation over some partitions.
+    """Computes one derivation.
 
     Args:
         derivation: what to compute.
@@ -61,11 +61,10 @@ class Deriver:
         checkpoints: where state goes.
         operator: makes the operator of a partition, from its state where there is one.
         output: makes what writes what comes of a partition.
-        ticking: let the clock of idle inputs advance with the wall clock, and wait for what is not there yet; off for a
-            run that ends when caught up, where all that waits comes out at the end.
+        ticking: let the clock of idle inputs advance with the wall clock; off for a run that ends when caught up.
         keyed: refuse records of a join whose key is not what they are joined on (where topics have several partitions).
         shared: another worker may take a partition over, which is then let go; otherwise that is an error.
-        max_state_bytes: memory that the operator of a partition may take; more ends the worker with a sentence.
+        max_state_bytes: memory that the operator of a partition may take; more is an error.
         executor: runs commits; threads by default.
         wall_us: wall clock in UTC microseconds.
         monotonic_s: clock for intervals.
