@@ -60,7 +60,7 @@ class Commits:
     def __init__(
         self, stream: str, partition: int, fingerprint: str, *, output: Output, checkpoints: CheckpointStore
     ) -> None:
-        self._stream, self._partition, self._fingerprint = stream, partition, fingerprint
+        self._stream, self.partition, self._fingerprint = stream, partition, fingerprint
         self._output, self._checkpoints = output, checkpoints
         self.epoch = 0
 
@@ -72,7 +72,7 @@ class Commits:
             StaleEpochError: a newer owner has the partition.
             StateError: what the broker has was not written by this derivation, or its state is gone.
         """
-        self._checkpoints.claim(self._stream, self._partition, epoch)
+        self._checkpoints.claim(self._stream, self.partition, epoch)
         self.epoch = epoch
         progress = self._output.take()
         if progress is None:
@@ -85,14 +85,14 @@ class Commits:
             )
         if not progress.stateful:
             return progress, b""
-        saved = self._checkpoints.load(self._stream, self._partition, progress.number)
+        saved = self._checkpoints.load(self._stream, self.partition, progress.number)
         if saved is None:
             raise StateError(
                 f"{self._what} has no checkpoint of its commit {progress.number}: bring the checkpoints of this stream"
                 " back, or delete the topic and its consumer group to begin anew."
             )
         # Under this epoch, so that what an owner before left of a commit that failed does not count as the one before.
-        self._checkpoints.save(self._stream, self._partition, epoch, progress.number, 0, saved.state)
+        self._checkpoints.save(self._stream, self.partition, epoch, progress.number, 0, saved.state)
         return progress, saved.state
 
     def save(self, commit: Commit) -> None:
@@ -104,7 +104,7 @@ class Commits:
         """
         number = commit.progress.number
         if commit.tried:
-            self._checkpoints.check(self._stream, self._partition, self.epoch)
+            self._checkpoints.check(self._stream, self.partition, self.epoch)
             found = self._output.take()
             if found is not None and (found.number, found.epoch) == (number, self.epoch):
                 return
@@ -113,7 +113,7 @@ class Commits:
         commit.tried = True
         self._output.write(commit.keys, commit.values)
         if (commit.state or number == FIRST_TO_PROVE) and not commit.checkpointed:
-            self._checkpoints.save(self._stream, self._partition, self.epoch, number, 0, commit.state)
+            self._checkpoints.save(self._stream, self.partition, self.epoch, number, 0, commit.state)
             commit.checkpointed = True
         self._output.commit(commit.progress)
 
@@ -123,7 +123,7 @@ class Commits:
 
     def _check_beginning(self) -> None:
         """A checkpoint of the second commit proves that there was a first one, which a broker forgets in time."""
-        saved = self._checkpoints.load(self._stream, self._partition)
+        saved = self._checkpoints.load(self._stream, self.partition)
         if saved is not None and saved.offset >= FIRST_TO_PROVE:
             raise StateError(
                 f"{self._what} has been written, but the broker no longer knows how far (offsets.retention.minutes):"
@@ -132,4 +132,4 @@ class Commits:
 
     @property
     def _what(self) -> str:
-        return f"Partition {self._partition} of the derivation {self._stream!r}"
+        return f"Partition {self.partition} of the derivation {self._stream!r}"

@@ -79,7 +79,7 @@ def rekeyed(name: str, source: "KafkaSource", key: str, batch_source: "DataSourc
         name: of the derived topic and source.
         source: what to read.
         key: field that becomes the key, a string or an integer; events without it are dead.
-        batch_source: where the offline rows of views over it go, as for any KafkaSource.
+        batch_source: where the offline rows of views over it go; default `data/<name>/*.parquet` in the repository.
 
     Raises:
         PlanError: says what does not fit.
@@ -113,7 +113,7 @@ def interval_join(
         latest: the greatest.
         unmatched: give left events without a partner too, with null for the fields of the right, once none can come.
         key: field that keys what comes out; default `on`.
-        batch_source: where the offline rows of views over it go, as for any KafkaSource.
+        batch_source: where the offline rows of views over it go; default `data/<name>/*.parquet` in the repository.
 
     Raises:
         PlanError: says what does not fit.
@@ -157,7 +157,7 @@ def as_of_join(
         on: field that both have.
         tolerance: how old the right event may be; else its fields are null, as where there is none.
         key: field that keys what comes out; default `on`.
-        batch_source: where the offline rows of views over it go, as for any KafkaSource.
+        batch_source: where the offline rows of views over it go; default `data/<name>/*.parquet` in the repository.
 
     Raises:
         PlanError: says what does not fit.
@@ -192,7 +192,7 @@ def table_lookup(
         table: Parquet with a timestamp_field that says from when on a row holds; it must be there when this is called.
         on: field of the events and column of the table.
         key: field that keys what comes out; default `on`.
-        batch_source: where the offline rows of views over it go, as for any KafkaSource.
+        batch_source: where the offline rows of views over it go; default `data/<name>/*.parquet` in the repository.
 
     Raises:
         PlanError: says what does not fit.
@@ -227,7 +227,7 @@ def feature_lookup(
         features: "view:feature", a double, or "view:feature type" with a type of Feast's JsonFormat.
         on: field of the events that is the join key of the views.
         key: field that keys what comes out; default `on`.
-        batch_source: where the offline rows of views over it go, as for any KafkaSource.
+        batch_source: where the offline rows of views over it go; default `data/<name>/*.parquet` in the repository.
 
     Raises:
         PlanError: says what does not fit.
@@ -257,12 +257,13 @@ def feature_lookup(
 def _source(derivation: Derivation, timestamp: str, batch_source: "DataSource | None") -> "KafkaSource":
     """The source that stands for a derivation, whose fields are checked first.
 
-    Under another key, events of several partitions meet in one, so its watermark must also wait for their drift.
+    Under another key, events of several partitions meet in one, so its watermark must also wait for their drift. Only
+    of joins it is known that their inputs are keyed by what they are joined on.
     """
-    from feast import KafkaSource
-    from feast.data_format import JsonFormat
+    from feast import FileSource, KafkaSource
+    from feast.data_format import JsonFormat, ParquetFormat
 
-    if derivation.key != derivation.on:
+    if derivation.key != derivation.on or len(derivation.inputs) == 1:
         drift_us = max(derivation.inputs[0].delay_us, LEAST_DRIFT_US)
         derivation = dataclasses.replace(derivation, drift_us=drift_us, delay_us=derivation.delay_us + drift_us)
     where = f"Derived topic '{derivation.name}'"
@@ -287,7 +288,14 @@ def _source(derivation: Derivation, timestamp: str, batch_source: "DataSource | 
         message_format=JsonFormat(schema_json=derivation.schema),
         timestamp_field=timestamp,
         watermark_delay_threshold=timedelta(microseconds=derivation.delay_us),
-        batch_source=batch_source,
+        batch_source=batch_source
+        or FileSource(
+            name=f"{derivation.name}_log",
+            path=f"data/{derivation.name}/*.parquet",
+            file_format=ParquetFormat(),
+            timestamp_field="event_timestamp",
+            created_timestamp_column="created_timestamp",
+        ),
         tags={TAG: derivation.to_json()},
     )
 

@@ -1,13 +1,16 @@
 """One partition of a derivation: its operator, what waits to be derived, and what was derived since the last commit."""
 
+import logging
 import os
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
+from kafka.errors import KafkaError
 
 from streaming.alignment import Standing
 from streaming.commits import Commit, Commits
@@ -17,7 +20,13 @@ from streaming.holding import DATED_US
 from streaming.records import Ints, RecordBatch, Reject
 from streaming.transactions import Progress
 
-FIRST_PAUSE_S = 0.2
+log = logging.getLogger(__name__)
+
+COMMIT_S = 0.1
+SNAPSHOT_SHARE = 10
+IDLE_S = 1.0
+KEEP_S = 6 * 3600.0  # a broker forgets offsets that are not committed again
+PAUSE_S = (0.2, 5.0)
 
 
 class Waiting(NamedTuple):
@@ -72,7 +81,7 @@ class DerivedPartition:
     commit: Commit | None = None
     running: "Future[None] | None" = None
     retry_s: float = 0.0
-    pause_s: float = FIRST_PAUSE_S
+    pause_s: float = PAUSE_S[0]
 
     def __post_init__(self) -> None:
         last = self.progress
@@ -138,9 +147,34 @@ class DerivedPartition:
             return None
         return Standing(self.progress.clock_us, self.next_us, settled)
 
-    def begin(self, now_s: float, snapshot: bytes, snapshot_s: float) -> Commit:
+    def is_ahead(self, side: int, lags: Sequence[int]) -> bool:
+        """Whether nothing should be read of a side: some of it waits, or it is ahead of one that has more to read."""
+        if any(one.side == side for one in self.waiting):
+            return True
+        clocks = self.operator.clocks_us
+        return any(lag > 0 and clocks[side] > clocks[at] for at, lag in enumerate(lags) if at != side)
+
+    def quiet(self, now_s: float) -> bool:
+        """Whether a side had no records for a while."""
+        return now_s - max(self.ticked_s, min(self.heard_s)) >= IDLE_S
+
+    def tick(self, lags: Sequence[int], now_s: float, now_us: int) -> None:
+        """Let the clocks of sides advance that were read to their end and had no records for a while."""
+        self.ticked_s = now_s
+        sides = zip(self.heard_s, lags, strict=True)
+        idle = [side for side, (heard_s, lag) in enumerate(sides) if now_s - heard_s >= IDLE_S and lag == 0]
+        self.take(self.operator.tick(now_us, idle))
+
+    def due(self, now_s: float) -> bool:
+        """Whether to commit now; others may wait for what is committed of one of which something waits."""
+        pause_s = max(0.0 if self.waiting else COMMIT_S, SNAPSHOT_SHARE * self.snapshot_s)
+        return (self.moved and now_s - self.began_s >= pause_s) or now_s - self.began_s >= KEEP_S
+
+    def begin(self, monotonic_s: Callable[[], float]) -> Commit:
         """Make a commit of what was derived."""
-        self.began_s, self.snapshot_s, self.state_bytes = now_s, snapshot_s, len(snapshot) or None
+        self.began_s = monotonic_s()
+        snapshot = self.operator.snapshot()
+        self.snapshot_s, self.state_bytes = monotonic_s() - self.began_s, len(snapshot) or None
         progress = Progress(
             number=self.progress.number + 1,
             offsets=tuple(self.offsets),
@@ -156,6 +190,25 @@ class DerivedPartition:
         self.commit = Commit(progress, self.keys, self.values, snapshot)
         self.keys, self.values, self.moved = [], [], False
         return self.commit
+
+    def collect(self, now_s: float) -> bool:
+        """Whether a commit has ended; one that failed is to be tried again after a pause.
+
+        Raises:
+            StaleEpochError: a newer owner has the partition.
+        """
+        if self.commit is None or self.running is None or not self.running.done():
+            return False
+        running, self.running = self.running, None
+        try:
+            running.result()
+        except (KafkaError, OSError) as error:
+            self.retry_s, self.pause_s = now_s + self.pause_s, min(2 * self.pause_s, PAUSE_S[1])
+            about = {"view": self.derivation.name, "partition": self.commits.partition, "error": repr(error)}
+            log.warning("committing again", extra=about)
+            return False
+        self.progress, self.commit, self.pause_s, self.saved_s = self.commit.progress, None, PAUSE_S[0], now_s
+        return True
 
     def figures(self, lag: int, end: int, lost: int, now_us: int, now_s: float) -> dict[str, Any]:
         """What there is to say of it, as of the partition of a view (`holding.Held.figures`)."""

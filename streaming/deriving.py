@@ -32,12 +32,8 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.02
 RECORDS_A_BATCH = 16_384
-COMMIT_S = 0.1
-SNAPSHOT_SHARE = 10
-IDLE_S = 1.0
 STATUS_S = 0.5
 FINISH_S = 60.0
-KEEP_S = 6 * 3600.0
 PENDING_ROWS = 200_000
 BACKOFF_S = (0.2, 5.0)
 THREADS = 8
@@ -56,7 +52,7 @@ class _Keyed(NamedTuple):
 
 
 class Deriver:
-    """Computes one derivation over some partitions.
+    """Computes one derivation.
 
     Args:
         derivation: what to compute.
@@ -65,11 +61,10 @@ class Deriver:
         checkpoints: where state goes.
         operator: makes the operator of a partition, from its state where there is one.
         output: makes what writes what comes of a partition.
-        ticking: let the clock of idle inputs advance with the wall clock, and wait for what is not there yet; off for a
-            run that ends when caught up, where all that waits comes out at the end.
+        ticking: let the clock of idle inputs advance with the wall clock; off for a run that ends when caught up.
         keyed: refuse records of a join whose key is not what they are joined on (where topics have several partitions).
         shared: another worker may take a partition over, which is then let go; otherwise that is an error.
-        max_state_bytes: memory that the operator of a partition may take; more ends the worker with a sentence.
+        max_state_bytes: memory that the operator of a partition may take; more is an error.
         executor: runs commits; threads by default.
         wall_us: wall clock in UTC microseconds.
         monotonic_s: clock for intervals.
@@ -155,11 +150,9 @@ class Deriver:
             self._tick()
         self._hold_back()
         now_s = self._monotonic_s()
-        for number, held in self._held.items():
-            pause_s = 0.0 if held.waiting else COMMIT_S  # others may wait for what is committed of this one
-            due_s = held.began_s + max(pause_s, SNAPSHOT_SHARE * held.snapshot_s)
-            if (held.moved and now_s >= due_s) or now_s - held.began_s >= KEEP_S:
-                self._begin(number, held)
+        for held in self._held.values():
+            if held.due(now_s):
+                self._begin(held)
         if now_s >= self._next_status_s:
             self._refresh_status()
         return read
@@ -172,11 +165,11 @@ class Deriver:
             StaleEpochError: a newer worker has taken a partition over.
         """
         deadline_s = self._monotonic_s() + FINISH_S
-        while busy := [number for number, held in self._held.items() if held.moved or held.commit]:
-            for number in busy:
-                if self._held[number].commit is None:
-                    self._begin(number, self._held[number])
-            running = [held.running for held in self._held.values() if held.running]
+        self._collect()
+        while busy := [held for held in self._held.values() if held.moved or held.commit]:
+            for held in busy:
+                self._begin(held)
+            running = [held.running for held in busy if held.running]
             if not running:
                 raise KafkaError("commits have failed and wait to be tried again")
             if not wait_for(running, max(0.0, deadline_s - self._monotonic_s())).done:
@@ -334,20 +327,10 @@ class Deriver:
     def _tick(self) -> None:
         """Let the clocks of inputs advance that were read to their end and have been idle for a while."""
         now_s = self._monotonic_s()
-        due = [
-            (number, held)
-            for number, held in self._held.items()
-            if now_s - max(held.ticked_s, min(held.heard_s)) >= IDLE_S
-        ]
-        lags = [source.lag() for source in self._sources] if due else []
-        for number, held in due:
-            held.ticked_s = now_s
-            idle = [
-                side
-                for side, heard_s in enumerate(held.heard_s)
-                if now_s - heard_s >= IDLE_S and lags[side].get(number, 0) == 0
-            ]
-            held.take(held.operator.tick(self._wall_us(), idle))
+        quiet = [(number, held) for number, held in self._held.items() if held.quiet(now_s)]
+        lags = [source.lag() for source in self._sources] if quiet else []
+        for number, held in quiet:
+            held.tick([lag.get(number, 0) for lag in lags], now_s, self._wall_us())
 
     def _drain(self) -> None:
         for held in self._held.values():
@@ -359,27 +342,23 @@ class Deriver:
         """Read nothing of a partition of which much waits, nor of a side that is ahead of one that has more to read."""
         lags = [source.lag() for source in self._sources]
         for side, source in enumerate(self._sources):
-            ahead = set()
-            for number, held in self._held.items():
-                others = [at for at in range(len(self._sources)) if at != side and lags[at].get(number, 0) > 0]
-                clocks = held.operator.clocks_us
-                if any(one.side == side for one in held.waiting) or any(clocks[side] > clocks[at] for at in others):
-                    ahead.add(number)
+            ahead = {
+                number
+                for number, held in self._held.items()
+                if held.is_ahead(side, [lag.get(number, 0) for lag in lags])
+            }
             if ahead != self._on_hold[side]:
                 source.hold(ahead)
                 self._on_hold[side] = ahead
 
-    def _begin(self, number: int, held: DerivedPartition) -> None:
+    def _begin(self, held: DerivedPartition) -> None:
         """Write the rejects and hand the rest to a thread, unless a commit is under way."""
         if held.commit is not None:
             return
         for side, rejects in enumerate(self._rejects):
             rejects.write([reject for at, reject in held.rejects if at == side])
         held.rejects = []
-        began_s = self._monotonic_s()
-        state = held.operator.snapshot()
-        commit = held.begin(began_s, state, self._monotonic_s() - began_s)
-        held.running = self._executor.submit(held.commits.save, commit)
+        held.running = self._executor.submit(held.commits.save, held.begin(self._monotonic_s))
 
     def _collect(self) -> None:
         """See which commits have ended; those that failed are tried again after a pause."""
@@ -388,35 +367,19 @@ class Deriver:
         for number, held in self._held.items():
             if held.commit is None:
                 continue
-            if held.running is None:
-                if now_s >= held.retry_s:
-                    held.running = self._executor.submit(held.commits.save, held.commit)
-                continue
-            if not held.running.done():
-                continue
-            running, held.running = held.running, None
+            if held.running is None and now_s >= held.retry_s:
+                held.running = self._executor.submit(held.commits.save, held.commit)
             try:
-                running.result()
+                if held.collect(now_s):
+                    self._ended_s = now_s
+                    self.measures.flushed(now_s - held.began_s, self._wall_us())
             except StaleEpochError as error:
                 if not self._shared:
                     raise
                 log.warning("partition lost", extra=self._about(number) | {"error": str(error)})
                 lost.add(number)
-            except RETRIED as error:
-                held.retry_s = now_s + held.pause_s
-                held.pause_s = min(2 * held.pause_s, BACKOFF_S[1])
-                log.warning("committing again", extra=self._about(number) | {"error": repr(error)})
-            else:
-                self._committed(held)
         if lost:
             self._let_go(lost)
-
-    def _committed(self, held: DerivedPartition) -> None:
-        if held.commit is None:
-            return
-        held.progress, held.commit, held.pause_s = held.commit.progress, None, BACKOFF_S[0]
-        held.saved_s = self._ended_s = self._monotonic_s()
-        self.measures.flushed(held.saved_s - held.began_s, self._wall_us())
 
     def _refresh_status(self) -> None:
         now_s, now_us = self._monotonic_s(), self._wall_us()

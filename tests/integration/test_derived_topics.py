@@ -320,7 +320,7 @@ from streaming.derived import as_of_join, feature_lookup, interval_join, rekeyed
 def stream(name, schema):
     return KafkaSource(
         name=name, topic=name, kafka_bootstrap_servers="{servers}", message_format=JsonFormat(schema_json=schema),
-        timestamp_field="time", watermark_delay_threshold=timedelta(minutes=5),
+        timestamp_field="time", watermark_delay_threshold=timedelta(minutes=5), batch_source=log(name),
     )
 
 

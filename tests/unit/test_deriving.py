@@ -16,7 +16,8 @@ from kafka.errors import KafkaError
 from streaming.checkpoint import CheckpointStore, StaleEpochError
 from streaming.derivation import Derivation, Input
 from streaming.derived import Derived
-from streaming.deriving import COMMIT_S, PENDING_ROWS, Deriver
+from streaming.derived_partition import COMMIT_S
+from streaming.deriving import PENDING_ROWS, Deriver
 from streaming.keyed import WorkerError
 from streaming.records import RecordBatch, Reject
 from streaming.rekeying import Rekeying
