@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from models.training.task import Task
 
-NAMES = ("probe", "whisper")
+NAMES = ("probe", "segmentation", "whisper")
 
 
 class UnknownTask(ValueError):
@@ -55,6 +55,21 @@ def named(name: str) -> Kind:
                 metrics={"accuracy": True},
                 scores=scores,
                 split_hash=lambda config: "probe",
+            )
+        case "segmentation":
+            from models.segmentation.config import SegmentationConfig
+            from models.segmentation.data import splits as scans
+            from models.segmentation.train import SegmentationTask, sample_scores
+            from models.segmentation.train import train as train_segmentation
+
+            return Kind(
+                config=SegmentationConfig,
+                data=lambda config, folder: scans(config.data, folder),
+                task=lambda config, found: SegmentationTask(config, found.train, found.validation),
+                train=lambda *found, **where: train_segmentation(*found, **where).result,
+                metrics={"dice": True, "iou": True},
+                scores=sample_scores,
+                split_hash=lambda found: str(found.hash),
             )
         case "whisper":
             from models.whisper.config import WhisperConfig

@@ -1,21 +1,15 @@
 """Train several segmentation configurations, each with several seeds, and write their table with intervals."""
 
-import os
+import argparse
+from pathlib import Path
 
-# As in train_segmentation.py.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
-
-import argparse  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from evaluation.segmentation import Trial, load_trial, rows, write  # noqa: E402
-from models.segmentation import data  # noqa: E402
-from models.segmentation.config import SegmentationConfig  # noqa: E402
-from models.segmentation.train import fingerprint, train  # noqa: E402
-from ops.configuration import load  # noqa: E402
-from ops.environment import Environment  # noqa: E402
-from ops.jobs import ray_session, run  # noqa: E402
+from evaluation.segmentation import Trial, load_trial, rows, write
+from models.segmentation import data
+from models.segmentation.config import SegmentationConfig
+from models.segmentation.train import fingerprint, train
+from ops.configuration import load
+from ops.environment import Environment
+from ops.jobs import ray_session, run
 
 
 def main() -> dict[str, object]:

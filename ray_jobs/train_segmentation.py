@@ -1,18 +1,11 @@
 """Train a U-Net on ultrasound images with Ray Train and register it: `train_segmentation.py --config FILE`."""
 
-import os
-
-# Read by Ray Train's controller, so they must be set before Ray starts: notice a dead worker soon, and don't wait
-# long for its process group.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
-
-from models.segmentation import data  # noqa: E402
-from models.segmentation.config import SegmentationConfig  # noqa: E402
-from models.segmentation.train import train  # noqa: E402
-from ops.configuration import load  # noqa: E402
-from ops.environment import Environment  # noqa: E402
-from ops.jobs import parser, ray_session, run  # noqa: E402
+from models.segmentation import data
+from models.segmentation.config import SegmentationConfig
+from models.segmentation.train import train
+from ops.configuration import load
+from ops.environment import Environment
+from ops.jobs import parser, ray_session, run
 
 
 def main() -> dict[str, object]:

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from streaming.cells import grown
 from streaming.compile_kernels import kernel
 from streaming.join_input import Events
 from streaming.keys import KeyIndex
 from streaming.memory import address, copy, prefetch
 from streaming.raw_json import joined, read_only
 from streaming.records import Bools, Bytes, Ints
-from streaming.windows import NEVER_US, grown
+from streaming.windows import NEVER_US
 
 KEY, TIME, START, MIDDLE, END, OLDER, MATCHED = range(7)
 COUNT, USED, WAITING = range(3)

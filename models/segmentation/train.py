@@ -27,7 +27,6 @@ from models.segmentation.scores import best_rule, mean_scores, overlap, threshol
 
 logger = logging.getLogger(__name__)
 
-SCHEDULING = {"name", "workers", "cpus_per_worker", "max_failures", "log_every", "keep"}
 THRESHOLDS = tuple(round(0.1 + 0.05 * step, 2) for step in range(17))
 PEAKS = (0.0, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 MEASURED = 40
@@ -42,8 +41,8 @@ class SegmentationTask:
     real: tuple[Scan, ...]
     validation: tuple[Scan, ...]
 
-    primary = "dice_loss"
-    higher_is_better = False
+    primary = "dice"
+    higher_is_better = True
 
     @property
     def size(self) -> int:
@@ -73,10 +72,7 @@ class SegmentationTask:
         return losses.sum(), len(losses)
 
     def validate(self, network: nn.Module, rank: int, world_size: int) -> Mapping[str, tuple[float, float]]:
-        """Dice and IoU of one rank's share of the validation split, and of some training images, at the network's size.
-
-        `dice_loss` is 1 - Dice.
-        """
+        """Dice and IoU of one rank's share of the validation split and of some training images, at the network's size."""
         predictor = self.predictor(network)
         found: dict[str, tuple[float, float]] = {}
         count = min(MEASURED, self.size)
@@ -86,8 +82,7 @@ class SegmentationTask:
             rows = [overlap(one >= 0.5, mask) for one, (_, mask) in zip(probabilities, part, strict=True)]
             for name in ("dice", "iou"):
                 found[prefix + name] = (sum(row[name] for row in rows), float(len(rows)))
-        total, count_ = found["dice"]
-        return {"dice_loss": (count_ - total, count_), **found}
+        return found
 
     def predictor(self, network: nn.Module) -> SegmentationPredictor:
         """The network as it is used after training, at threshold .5 until limits are chosen."""
@@ -305,7 +300,13 @@ def fingerprint(config: SegmentationConfig, found: Splits) -> str:
     """A hash of what decides the weights: data, network and recipe, but not how the work is scheduled."""
     deciding = config.model_dump(
         mode="json",
-        exclude={"predict": True, "export": True, "registered_name": True, "change": True, "train": SCHEDULING},
+        exclude={
+            "predict": True,
+            "export": True,
+            "registered_name": True,
+            "change": True,
+            "train": set(trainer.SCHEDULING),
+        },
     )
     total = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
     for scan in (*found.train, *found.validation, *found.test):
