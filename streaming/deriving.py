@@ -396,5 +396,4 @@ class Deriver:
 
     def _about(self, number: int) -> dict[str, object]:
         held = self._held.get(number)
-        epoch = held and held.commits.epoch
-        return {"view": self.plan.view, "topic": self.plan.topic, "partition": number, "epoch": epoch}
+        return {"view": self.plan.view, "partition": number, "epoch": held and held.commits.epoch}
