@@ -72,7 +72,7 @@ class SegmentationTask:
         return losses.sum(), len(losses)
 
     def validate(self, network: nn.Module, rank: int, world_size: int) -> Mapping[str, tuple[float, float]]:
-        """Dice and IoU of one rank's share of the validation split and of some training images, at the network's size."""
+        """Dice and IoU of one rank's share of the validation split and of some training images, at its own size."""
         predictor = self.predictor(network)
         found: dict[str, tuple[float, float]] = {}
         count = min(MEASURED, self.size)

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from models.segmentation.config import SegmentationConfig
+from models import tasks
 from models.tabular.config import TabularConfig
-from models.whisper.config import WhisperConfig
 from ops import cli
 from ops.configuration import load
 from ops.simulate import _parser as simulate_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGURATIONS = {"whisper": WhisperConfig, "tabular": TabularConfig, "segmentation": SegmentationConfig}
+CONFIGURATIONS = {"tabular": TabularConfig} | {name: tasks.named(name).config for name in tasks.NAMES}
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -55,5 +55,5 @@ def test_tasks_are_found_by_name() -> None:
     assert kind.task(ProbeConfig(), None).size == 200
     for name in tasks.NAMES:
         assert "train" in tasks.named(name).config.model_fields
-    with pytest.raises(tasks.UnknownTask, match="There is no task probes; .* probe, whisper"):
+    with pytest.raises(tasks.UnknownTask, match="There is no task probes; .* probe, segmentation, whisper"):
         tasks.named("probes")

@@ -56,7 +56,7 @@ def test_a_missing_data_folder_is_one_sentence(tmp_path: Path, capsys: pytest.Ca
 def test_an_unreachable_broker_is_one_sentence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streaming.simulators.produce.CONNECT_S", 0.3)
+    monkeypatch.setattr("streaming.topics.CONNECT_MS", 300)
     address = f"127.0.0.1:{free_ports(1)[0]}"
     assert simulate.main(["wikipedia", "--limit", "5", "--bootstrap-servers", address], environment()) == 2
     last = capsys.readouterr().err.splitlines()[-1]
