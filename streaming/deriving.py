@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from kafka.errors import KafkaError
 
+from streaming import loop
 from streaming.alignment import NEVER_US, Alignment, Foreign
 from streaming.checkpoint import CheckpointStore, StaleEpochError
 from streaming.commits import Commits, Output
@@ -23,6 +24,7 @@ from streaming.derived import Operator
 from streaming.derived_partition import DerivedPartition, Waiting
 from streaming.holding import Rejects, Source
 from streaming.keyed import KeyCheck
+from streaming.loop import FINISH_S
 from streaming.metrics import Measures
 from streaming.state import StateError
 from streaming.transactions import Progress
@@ -33,11 +35,8 @@ log = logging.getLogger(__name__)
 POLL_S = 0.02
 RECORDS_A_BATCH = 16_384
 STATUS_S = 0.5
-FINISH_S = 60.0
 PENDING_ROWS = 200_000
-BACKOFF_S = (0.2, 5.0)
 THREADS = 8
-RETRIED = (KafkaError, OSError)
 
 
 class Reading(Source, Foreign, Protocol):
@@ -187,31 +186,16 @@ class Deriver:
         )
 
     def run(self, stop: threading.Event, until_caught_up: bool) -> None:
-        """Step until told to stop, or until there is nothing left to read and what waits is drained; then commit.
-
-        What is away is retried with growing pauses, for as long as it takes; once told to stop, for a minute.
-        """
-        pause_s = BACKOFF_S[0]
-        finish_s: float | None = None
-        while True:
-            try:
-                if finish_s is not None or stop.is_set():
-                    finish_s = finish_s or self._monotonic_s() + FINISH_S
-                    self.checkpoint()
-                    break
-                if not self.step() and until_caught_up and self.caught_up():
-                    self._drain()
-                    finish_s = self._monotonic_s() + FINISH_S
-                pause_s = BACKOFF_S[0]
-            except RETRIED as error:
-                if finish_s is not None and self._monotonic_s() > finish_s:
-                    raise
-                log.warning("trying again", extra={"view": self.plan.view, "pause_s": pause_s, "error": repr(error)})
-                self._refresh_status()
-                time.sleep(pause_s) if stop.is_set() else stop.wait(pause_s)
-                pause_s = min(2 * pause_s, BACKOFF_S[1])
-        self._refresh_status()
-        log.info("stopped", extra={"view": self.plan.view})
+        """Step until told to stop, or until there is nothing left to read and what waits is drained; then commit."""
+        loop.run(
+            self.plan.view,
+            stop,
+            step=self.step,
+            ended=lambda: until_caught_up and self.caught_up() and self._drained(),
+            checkpoint=self.checkpoint,
+            refresh_status=self._refresh_status,
+            monotonic_s=self._monotonic_s,
+        )
 
     def status(self) -> dict[int, dict[str, Any]]:
         """Partition to its figures, at most a second old; safe to call from another thread."""
@@ -332,11 +316,13 @@ class Deriver:
         for number, held in quiet:
             held.tick([lag.get(number, 0) for lag in lags], now_s, self._wall_us())
 
-    def _drain(self) -> None:
+    def _drained(self) -> bool:
+        """Takes what waits in the operators, because nothing more will come."""
         for held in self._held.values():
             if not held.drained:
                 held.drained = True
                 held.take(held.operator.drain())
+        return True
 
     def _hold_back(self) -> None:
         """Read nothing of a partition of which much waits, nor of a side that is ahead of one that has more to read."""

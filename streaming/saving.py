@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 COMPACT_S = 60.0
 
 
+class SavingError(OSError):
+    """Offline part or checkpoint could not be written; it will be tried again, and the loop may go on meanwhile."""
+
+
 class Syncing(Protocol):
     """What saving needs of an online sink; called from another thread than `write`."""
 

@@ -10,27 +10,26 @@ thread writes the offline part and the checkpoint from these while the loop goes
 """
 
 import logging
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
-from kafka.errors import KafkaError
-
+from streaming import loop
 from streaming.cadence import Cadence
 from streaming.checkpoint import CheckpointStore
 from streaming.derivation import Derivation
 from streaming.holding import Drifts, Held, Online, Rejects, Source
 from streaming.keyed import KeyCheck
+from streaming.loop import BACKOFF_S, FINISH_S
 from streaming.metrics import Measures
 from streaming.offline import OfflineLog
 from streaming.partition import Partition
 from streaming.plan import Plan
 from streaming.poison import SpoiledError, feed, poisonous, without
 from streaming.records import Drift, Emission, RecordBatch, Reject
-from streaming.saving import Captured, Saved, Saver
+from streaming.saving import Captured, Saved, Saver, SavingError
 
 log = logging.getLogger(__name__)
 
@@ -39,17 +38,9 @@ RECORDS_A_BATCH = 32_768
 FLUSH_S = 0.05
 IDLE_S = 1.0
 STATUS_S = 0.5
-FINISH_S = 60.0
 PENDING_ROWS = 250_000
 PENDING_REJECTS = 10_000
-BACKOFF_S = (0.2, 5.0)
 BEGINNING_US = -(1 << 63)
-SQLITE_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
-RETRIED = (KafkaError, sqlite3.OperationalError, OSError)
-
-
-class SavingError(OSError):
-    """Offline part or checkpoint could not be written; it will be tried again, and the loop may go on meanwhile."""
 
 
 class Worker:
@@ -230,35 +221,16 @@ class Worker:
         return all(self._source.position(number) >= end for number, end in self._source.end_offsets().items())
 
     def run(self, stop: threading.Event, until_caught_up: bool) -> None:
-        """Step until told to stop, or until there is nothing left to read; then checkpoint.
-
-        A broker or store that is away is retried with growing pauses, for as long as it takes; once told to stop, for
-        a minute.
-        """
-        pause_s = BACKOFF_S[0]
-        finish_s: float | None = None
-        while True:
-            try:
-                if finish_s is not None or stop.is_set():
-                    finish_s = finish_s or self._monotonic_s() + FINISH_S
-                    self.checkpoint()
-                    break
-                if not self.step() and until_caught_up and self.caught_up():
-                    finish_s = self._monotonic_s() + FINISH_S
-                pause_s = BACKOFF_S[0]
-            except RETRIED as error:
-                if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode not in SQLITE_BUSY:
-                    raise
-                if finish_s is not None and self._monotonic_s() > finish_s:
-                    raise
-                log.warning("trying again", extra={"view": self.plan.view, "pause_s": pause_s, "error": repr(error)})
-                self._refresh_status()
-                if isinstance(error, SavingError) and finish_s is None:
-                    continue  # the next try has its time, the loop need not wait for it
-                time.sleep(pause_s) if stop.is_set() else stop.wait(pause_s)
-                pause_s = min(2 * pause_s, BACKOFF_S[1])
-        self._refresh_status()
-        log.info("stopped", extra={"view": self.plan.view})
+        """Step until told to stop, or until there is nothing left to read; then checkpoint."""
+        loop.run(
+            self.plan.view,
+            stop,
+            step=self.step,
+            ended=lambda: until_caught_up and self.caught_up(),
+            checkpoint=self.checkpoint,
+            refresh_status=self._refresh_status,
+            monotonic_s=self._monotonic_s,
+        )
 
     def status(self) -> dict[int, dict[str, Any]]:
         """Partition to its figures, at most a second old; safe to call from another thread."""

@@ -29,8 +29,9 @@ from streaming.offline import OfflineLog
 from streaming.partition import Partition
 from streaming.plan import Aggregate, Column, Plan
 from streaming.records import RecordBatch
+from streaming.saving import SavingError
 from streaming.sinks import OnlineSink
-from streaming.worker import SavingError, Worker
+from streaming.worker import Worker
 
 MINUTE_US = 60_000_000
 PLAN = Plan(
