@@ -31,7 +31,7 @@ from ops.broker import Broker
 from ops.environment import Environment
 from ops.ports import free_ports
 from streaming import history
-from streaming.actor import Assignment, Settings, open_worker
+from streaming.actor import Settings, open_worker
 from streaming.events import EDITS, MEASUREMENTS, Topic
 from streaming.plan import Aggregate, Plan
 from streaming.topics import ensure_topics
@@ -100,7 +100,7 @@ def run(
         partitions = ensure_topics(servers, {plan.topic: replay.topic.partitions, **rejects})[plan.topic]
         settings = Settings(str(folder), flush_s=0.05, until_caught_up=True)
         epochs = dict.fromkeys(range(partitions), 1)
-        worker = open_worker(store, Assignment(plan, epochs, keyed=partitions > 1), settings)
+        worker = open_worker(store, plan, partitions > 1, settings)
         started_s = time.perf_counter()
         worker.start(epochs)
         worker.run(threading.Event(), until_caught_up=True)

@@ -97,7 +97,7 @@ def test_what_was_served_is_what_is_logged_and_what_is_computed_again(kafka, rep
     missing = {"id": "x", "entity": "nobody", "features": {"sum_added_1h": None}, "features_at": {"sum_added_1h": None}}
     producer.send("predictions", value=json.dumps(missing).encode())
     producer.flush()
-    right = {"predictions": sent, "matched": 18 * sent, "mismatches": 0, "defaulted": 1, "unknown": 0}
+    right = {"predictions": sent, "matched": 18 * sent, "mismatches": 0, "defaulted": 1, "unknown": 0, "unreadable": 1}
     assert check() == right
     assert check("--recompute") == right
 
