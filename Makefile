@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHES := kernel streaming replays backfill inference recovery peers
+BENCHES := kernel streaming replays inference recovery
+# Beside other systems, which they install into environments of their own.
+PEERS := backfill peers
 
 # Without starting what a package brings as a service.
 INSTALL := test "$$(id -u)" = 0 && timeout 120 apt-get update -qq && \
@@ -12,7 +14,7 @@ INSTALL := test "$$(id -u)" = 0 && timeout 120 apt-get update -qq && \
 # Cached byte code makes every process of the system start in half the time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test check test-unit test-integration test-e2e bench $(BENCHES:%=bench-%) up down clean
+.PHONY: setup demo test check test-unit test-integration test-e2e bench $(BENCHES:%=bench-%) $(PEERS:%=bench-%) up down clean
 
 setup: $(READY)
 
@@ -44,7 +46,7 @@ check: $(READY)
 
 bench: $(BENCHES:%=bench-%)
 
-$(BENCHES:%=bench-%): bench-%: $(READY)
+$(BENCHES:%=bench-%) $(PEERS:%=bench-%): bench-%: $(READY)
 	$(BIN)/python -m benchmarks.$*
 
 up down: $(READY)
