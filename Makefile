@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCHES := kernel streaming replays inference recovery
 # Beside other systems, which they install into environments of their own.
-PEERS := backfill peers
+PEERS := backfill peers training
 
 # Without starting what a package brings as a service.
 INSTALL := test "$$(id -u)" = 0 && timeout 120 apt-get update -qq && \
