@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,46 @@ class Registry:
         """Point an alias at a version; the reason stays on the version as the tag `<alias>.reason`."""
         self._client.set_model_version_tag(name, str(version), f"{alias}.reason", reason)
         self._client.set_registered_model_alias(name, alias, str(version))
+
+    def enter(
+        self,
+        version: ModelVersion,
+        metric: str,
+        value: float,
+        *,
+        higher_is_better: bool,
+        measure: Callable[[ModelVersion], float | None],
+    ) -> str:
+        """Make a new version the champion if it is the first or beats the present one, else the challenger.
+
+        Args:
+            version: as `register` gave it, with the tag `split_hash`.
+            metric: tag under which versions hold their value on that split.
+            value: of the new version.
+            higher_is_better: the direction of the metric.
+            measure: the value on this split of a champion whose own is of another; None where it can't be judged.
+
+        Returns:
+            The alias.
+        """
+        name, split = version.name, version.tags["split_hash"]
+        if (name, CHAMPION) not in self.aliases():
+            self.set_alias(name, CHAMPION, version.version, "the first version")
+            return CHAMPION
+        champion = self.resolve(name, CHAMPION)
+        same = champion.tags.get("split_hash") == split
+        to_beat = float(champion.tags[metric]) if same else measure(champion)
+        if to_beat is None:
+            reason = (
+                f"version {champion.version} is of another split, perhaps trained on samples of test split {split}"
+            )
+            self.set_alias(name, CHALLENGER, version.version, reason)
+            return CHALLENGER
+        better = value > to_beat if higher_is_better else value < to_beat
+        alias = CHAMPION if better else CHALLENGER
+        reason = f"{metric} {value:.4f} against {to_beat:.4f} of version {champion.version} on split {split}"
+        self.set_alias(name, alias, version.version, reason)
+        return alias
 
     def aliases(self) -> dict[tuple[str, str], int]:
         """The version of every (name, alias), all models in one query; an empty registry gives an empty mapping."""

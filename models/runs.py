@@ -200,3 +200,14 @@ def _state(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys, as `--set` and MLflow's parameters name them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -9,7 +9,8 @@ import yaml
 
 from evaluation import answers, report, tracking
 from evaluation.assessment import Evaluation, summary
-from ops.configuration import flatten, load
+from models import runs
+from ops.configuration import load
 from ops.environment import Environment
 from ops.jobs import REPOSITORY, JobError, parser, ray_session, run
 
@@ -80,7 +81,7 @@ def _speech(arguments: argparse.Namespace, environment: Environment) -> tuple[Ev
         evaluation = speech.evaluate(
             config, environment.data, arguments.repo, environment.tracking_uri, environment.home / "models"
         )
-    return evaluation, flatten(config.model_dump())
+    return evaluation, runs.flatten(config.model_dump())
 
 
 def _tabular(arguments: argparse.Namespace, environment: Environment) -> tuple[Evaluation, dict[str, object]]:
@@ -90,7 +91,7 @@ def _tabular(arguments: argparse.Namespace, environment: Environment) -> tuple[E
     config = load(TabularConfig, arguments.config, arguments.overrides)
     kafka, cache = environment.kafka_bootstrap_servers, environment.home / "models"
     evaluation = edits.evaluate(config, kafka, arguments.repo, environment.tracking_uri, cache)
-    return evaluation, flatten(config.model_dump())
+    return evaluation, runs.flatten(config.model_dump())
 
 
 if __name__ == "__main__":

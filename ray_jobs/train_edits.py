@@ -7,7 +7,7 @@ from models import runs
 from models.registry import CHAMPION, Registry
 from models.tabular import data, train
 from models.tabular.config import TabularConfig
-from ops.configuration import flatten, load
+from ops.configuration import load
 from ops.environment import Environment
 from ops.jobs import add_repo, open_repo, parser, run
 
@@ -27,7 +27,7 @@ def main() -> dict[str, object]:
     splits = data.load(store, config.data, environment.kafka_bootstrap_servers)
     rows = {name: len(getattr(splits, name).labels) for name in data.SPLITS}
     with runs.opened(environment.tracking_uri, config.name, f"train {config.name}") as tracked:
-        tracked.log_params(flatten(config.model_dump()) | {"data.hash": splits.hash})
+        tracked.log_params(runs.flatten(config.model_dump()) | {"data.hash": splits.hash})
         trained = train.train(splits, config.train)
         tracked.log_metrics({**trained.metrics, "threshold": trained.threshold})
         tracked.log_metrics({f"rows_{name}": count for name, count in rows.items()})

@@ -15,13 +15,12 @@ from kafka import OffsetAndMetadata
 from streaming.ddl import INTEGERS, read_schema
 from streaming.decode import Decoder
 from streaming.derivation import Derivation
-from streaming.plan import Plan
+from streaming.plan import FUTURE_US, Plan
 from streaming.records import Ints, RecordBatch
 from streaming.transactions import NO_EVENT_US, progress_of
+from streaming.windows import NEVER_US
 
 LOOK_S = (0.1, 1.0)
-FUTURE_US = 3_600_000_000
-NEVER_US = 1 << 62
 
 
 class Foreign(Protocol):

@@ -15,6 +15,7 @@ import orjson
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
+from streaming.producer import Message, connect, send
 from streaming.records import Emission
 from streaming.sinks import OnlineSink, latest
 from streaming.sqlite_store import EPOCH
@@ -22,7 +23,6 @@ from streaming.topics import ensure_topics
 
 CHUNK = 5_000
 DEFAULT_PARTITIONS = -1  # the broker's own number
-DELIVERY_TIMEOUT_MS = 20_000
 
 
 class Published:
@@ -92,25 +92,11 @@ class ChangelogSink:
             part = slice(start, start + CHUNK)
             cells = newest.features.slice(start, CHUNK)
             keys, values = records(Emission(newest.entities[part], newest.event_time_us[part], cells), revision)
-            sent = [
-                self._producer.send(self._topic, key=key, value=value) for key, value in zip(keys, values, strict=True)
-            ]
-            self._producer.flush(timeout=DELIVERY_TIMEOUT_MS / 1000)
-            for future in sent:
-                future.get(timeout=0)
+            send(self._producer, [Message(self._topic, key, value) for key, value in zip(keys, values, strict=True)])
 
     def _connect(self) -> KafkaProducer:
         ensure_topics(self._servers, {self._topic: DEFAULT_PARTITIONS}, {"cleanup.policy": "compact"})
-        return KafkaProducer(
-            bootstrap_servers=self._servers.split(","),
-            enable_idempotence=True,
-            compression_type="lz4",
-            linger_ms=5,
-            delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
-            request_timeout_ms=DELIVERY_TIMEOUT_MS // 2,
-            max_block_ms=DELIVERY_TIMEOUT_MS,
-            reconnect_backoff_max_ms=1_000,
-        )
+        return connect(self._servers, enable_idempotence=True, compression_type="lz4", linger_ms=5)
 
 
 def records(emission: Emission, revision: int) -> tuple[list[bytes], list[bytes]]:

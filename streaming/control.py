@@ -8,15 +8,13 @@ published twice: a reader keeps the first of each (model, partition, offset).
 
 from collections.abc import Sequence
 
-import numpy as np
 import orjson
 from kafka import KafkaProducer
 
 from streaming.events import CONTROL
-from streaming.records import Drift
+from streaming.producer import Message, connect, send
+from streaming.records import Drift, iso
 from streaming.topics import ensure_topics
-
-DELIVERY_TIMEOUT_MS = 20_000
 
 
 class DriftLog:
@@ -41,18 +39,8 @@ class DriftLog:
             return
         if self._producer is None:
             ensure_topics(self._servers, {CONTROL.name: CONTROL.partitions})
-            self._producer = KafkaProducer(
-                bootstrap_servers=self._servers.split(","),
-                delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
-                request_timeout_ms=DELIVERY_TIMEOUT_MS // 2,
-                max_block_ms=DELIVERY_TIMEOUT_MS,
-                reconnect_backoff_max_ms=1_000,
-            )
-        records = [message(self._view, drift) for drift in drifts]
-        sent = [self._producer.send(CONTROL.name, key=key, value=value) for key, value in records]
-        self._producer.flush(timeout=DELIVERY_TIMEOUT_MS / 1000)
-        for future in sent:
-            future.get(timeout=0)
+            self._producer = connect(self._servers)
+        send(self._producer, [Message(CONTROL.name, *message(self._view, drift)) for drift in drifts])
 
     def close(self) -> None:
         """Leave the broker."""
@@ -65,7 +53,7 @@ def message(view: str, drift: Drift) -> tuple[bytes, bytes]:
     model = f"{view}.{drift.column}"
     event = {
         "model": model,
-        "time": f"{np.datetime64(drift.time_us, 'us')}Z",
+        "time": iso(drift.time_us),
         "action": "drift",
         "reason": drift.reason,
         "partition": drift.partition,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from kafka.errors import KafkaError
 
 from streaming import loop
-from streaming.alignment import NEVER_US, Alignment, Foreign
+from streaming.alignment import Alignment, Foreign
 from streaming.checkpoint import CheckpointStore, StaleEpochError
 from streaming.commits import Commits, Output
 from streaming.derivation import Derivation
@@ -28,6 +28,7 @@ from streaming.loop import FINISH_S
 from streaming.metrics import Measures
 from streaming.state import StateError
 from streaming.transactions import Progress
+from streaming.windows import NEVER_US
 from streaming.worker import stream_name
 
 log = logging.getLogger(__name__)

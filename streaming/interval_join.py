@@ -28,7 +28,8 @@ from streaming.join_buffer import (
     push,
     with_room,
 )
-from streaming.join_input import FUTURE, FUTURE_US, LATE
+from streaming.join_input import FUTURE, LATE
+from streaming.plan import FUTURE_US
 from streaming.records import Bools, Ints
 
 

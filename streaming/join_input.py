@@ -9,9 +9,8 @@ from streaming.decode import Columns, Decoder
 from streaming.derivation import Input, Table
 from streaming.plan import Column, ColumnType, EntityType, Plan, PlanError
 from streaming.raw_json import Tails, decimal_texts, last_braces, read_only
-from streaming.records import Bools, Bytes, Ints, RecordBatch, Reject, RejectKind
+from streaming.records import Bools, Bytes, Ints, RecordBatch, Reject, RejectKind, iso
 
-FUTURE_US = 3_600_000_000
 READ, FUTURE, LATE = range(3)
 
 _REASONS = {FUTURE: "is from the future: the clock says", LATE: "is late: the watermark of the join stood at"}
@@ -136,7 +135,7 @@ def refused(batch: RecordBatch, times: Ints, verdicts: Ints, than_us: Ints, unre
             kinds[verdict],
             batch.partition,
             int(batch.offsets[row]),
-            f"event time {_iso(int(times[row]))} {_REASONS[verdict]} {_iso(int(than_us[row]))}",
+            f"event time {iso(int(times[row]))} {_REASONS[verdict]} {iso(int(than_us[row]))}",
             batch.key(row),
             batch.value(row),
         )
@@ -173,7 +172,3 @@ def _events(columns: Columns, readable: Bools, keys_text: Bytes, keys: Ints, bod
         read_only(body),
         bodies,
     )
-
-
-def _iso(time_us: int) -> str:
-    return f"{np.datetime64(time_us, 'us')}Z"

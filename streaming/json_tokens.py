@@ -12,8 +12,9 @@ import numpy as np
 from streaming.compile_kernels import kernel
 from streaming.decimals import MAX_DIGITS
 from streaming.memory import byte, first_byte, word
-from streaming.records import Bytes
+from streaming.records import Bytes, Ints
 
+NO_FIELD = -1
 FAILED = -1
 QUOTE, COMMA, COLON, MINUS, PLUS, DOT = 34, 44, 58, 45, 43, 46
 OPEN_OBJECT, CLOSE_OBJECT = 123, 125
@@ -306,3 +307,18 @@ def number(i: int, end: int) -> tuple[int, bool, bool, int, int, int]:
     if i - start > _MAX_NUMBER_BYTES:
         i = FAILED
     return i, integer, negative, mantissa, digits, exponent
+
+
+@kernel
+def matching(start: int, length: int, names: Bytes, name_starts: Ints) -> int:
+    """Which of the names, one after the other in `names`, stands in so many bytes at an address; NO_FIELD: none."""
+    for field in range(len(name_starts) - 1):
+        name = name_starts[field]
+        if name_starts[field + 1] - name != length:
+            continue
+        k = 0
+        while k < length and byte(start + k) == names[name + k]:
+            k += 1
+        if k == length:
+            return field
+    return NO_FIELD

@@ -8,7 +8,8 @@ import numpy as np
 from streaming.derivation import Derivation
 from streaming.derived import Derived
 from streaming.join_buffer import NO_ROW, NOTHING, texts
-from streaming.join_input import FUTURE, FUTURE_US, READ, Events, LeftInput, refused
+from streaming.join_input import FUTURE, READ, Events, LeftInput, refused
+from streaming.plan import FUTURE_US
 from streaming.records import Bytes, Ints, RecordBatch
 from streaming.windows import NEVER_US
 

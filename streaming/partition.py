@@ -20,7 +20,7 @@ from streaming.frames import frames, grain_us, held
 from streaming.key_clocks import KeyClocks
 from streaming.keys import KeyIndex
 from streaming.plan import Plan
-from streaming.records import Bools, Drift, Emission, Floats, Ints, RecordBatch, Reject, RejectKind
+from streaming.records import Bools, Drift, Emission, Floats, Ints, RecordBatch, Reject, RejectKind, iso
 from streaming.state import StateError, pack, unpack
 from streaming.transformations import Reader
 from streaming.windows import NEVER_US
@@ -130,7 +130,7 @@ class Partition:
         Yields:
             The records of the piece that changed nothing, in offset order.
         """
-        batch = _from_offset(batch, self.next_offset)
+        batch = batch.rows(slice(int(np.searchsorted(batch.offsets, self.next_offset)), None))
         if len(batch.offsets) == 0:
             return
         columns, unread = self._reader.decode(batch)
@@ -354,7 +354,7 @@ class Partition:
                 kind,
                 self.partition,
                 int(offsets[row]),
-                f"event time {_iso(int(times[row]))} {reasons[kind]} {_iso(int(than[row]))}",
+                f"event time {iso(int(times[row]))} {reasons[kind]} {iso(int(than[row]))}",
                 None,
                 None,
             )
@@ -460,16 +460,6 @@ class Partition:
         if self._models is not None:
             self._models.restore(rest)
         self._told_keys = len(self._keys)
-
-
-def _from_offset(batch: RecordBatch, offset: int) -> RecordBatch:
-    first = int(np.searchsorted(batch.offsets, offset))
-    return batch if first == 0 else batch.rows(slice(first, None))
-
-
-def _iso(time_us: int) -> str:
-    """ISO 8601 in UTC, also just outside the years that datetime knows (a time of year 1 or 9999 with an offset)."""
-    return f"{np.datetime64(time_us, 'us')}Z"
 
 
 def _models(plan: Plan) -> "Models | None":

@@ -13,6 +13,9 @@ WindowKind = Literal["sliding", "session", "last", "lifetime"]
 Role = Literal["number", "hash", "text"]
 ColumnType = Literal["tinyint", "smallint", "int", "bigint", "float", "double", "boolean", "string"]
 
+FUTURE_US = 3_600_000_000
+"""Events further ahead of the wall clock than this are refused."""
+
 FUNCTIONS = (
     *("count", "sum", "mean", "min", "max", "std", "var", "first", "last", "count_distinct"),
     *("p1 to p99", "top_1 to top_100", "decayed_mean"),
@@ -141,7 +144,7 @@ class Plan:
     columns: tuple[Column, ...]
     aggregates: tuple[Aggregate, ...]
     delay_us: int
-    future_us: int = 3_600_000_000
+    future_us: int = FUTURE_US
     emission: Literal["fresh", "final"] = "fresh"
     lateness_us: int = 0
     clocks: Literal["partition", "key"] = "partition"

@@ -18,8 +18,10 @@ from streaming.json_tokens import (
     COLON,
     COMMA,
     FAILED,
+    NO_FIELD,
     OPEN_OBJECT,
     QUOTE,
+    matching,
     skip_space,
     skip_value,
     string_end,
@@ -30,7 +32,6 @@ from streaming.records import Bools, Bytes, Ints, RecordBatch
 
 T = TypeVar("T", bound=np.generic)
 
-_NO_FIELD = -1
 _NULL = b"null"
 
 
@@ -59,7 +60,7 @@ class Tails:
     def of(self, batch: RecordBatch, wanted: Bools) -> tuple[Bytes, Ints]:
         """The tails of the wanted records: text and spans [N, 2]; null where a field is missing."""
         count = len(batch.offsets)
-        found = np.full((count, len(self._fields), 2), _NO_FIELD, dtype=np.int64)
+        found = np.full((count, len(self._fields), 2), NO_FIELD, dtype=np.int64)
         hard = np.zeros(count, dtype=np.bool_)
         buffer = read_only(batch.buffer)
         _find_fields(buffer, read_only(batch.values), wanted, self._names, self._name_starts, found, hard)
@@ -76,7 +77,7 @@ class Tails:
     def _find(self, value: bytes, first: int) -> Ints:
         """The spans [F, 2] of the fields in an object at `first` that is too deep or too strange for the kernel."""
         text = value.decode()
-        found = np.full((len(self._fields), 2), _NO_FIELD, dtype=np.int64)
+        found = np.full((len(self._fields), 2), NO_FIELD, dtype=np.int64)
         decoder = json.JSONDecoder()
         at = text.index("{")
         while text[at] != "}":
@@ -198,9 +199,9 @@ def _find_in_object(base: int, i: int, end: int, names: Bytes, name_starts: Ints
             length = unescape(i + 1, close, scratch, 0)
             if length < 0:
                 return False
-            field = _match(address(scratch), length, names, name_starts)
+            field = matching(address(scratch), length, names, name_starts)
         else:
-            field = _match(i + 1, close - i - 1, names, name_starts)
+            field = matching(i + 1, close - i - 1, names, name_starts)
         i = skip_space(close + 1, end)
         if i >= end or byte(i) != COLON:
             return False
@@ -208,26 +209,12 @@ def _find_in_object(base: int, i: int, end: int, names: Bytes, name_starts: Ints
         i = skip_value(start, end) if start < end else FAILED
         if i < 0:
             return False
-        if field != _NO_FIELD:
+        if field != NO_FIELD:
             found[field, 0], found[field, 1] = start - base, i - base
         i = skip_space(i, end)
         if i < end and byte(i) == COMMA:
             i = skip_space(i + 1, end)
     return i < end and byte(i) == CLOSE_OBJECT
-
-
-@kernel
-def _match(start: int, length: int, names: Bytes, name_starts: Ints) -> int:
-    for field in range(len(name_starts) - 1):
-        name = name_starts[field]
-        if name_starts[field + 1] - name != length:
-            continue
-        k = 0
-        while k < length and byte(start + k) == names[name + k]:
-            k += 1
-        if k == length:
-            return field
-    return _NO_FIELD
 
 
 @kernel

@@ -113,6 +113,11 @@ class Emission(NamedTuple):
     features: pa.Table
 
 
+def iso(time_us: int) -> str:
+    """ISO 8601 in UTC, also just outside the years that datetime knows (a time of year 1 or 9999 with an offset)."""
+    return f"{np.datetime64(time_us, 'us')}Z"
+
+
 def _bytes(buffer: Bytes, span: Ints) -> bytes | None:
     start, end = int(span[0]), int(span[1])
     return None if start < 0 else buffer[start:end].tobytes()

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from kafka import KafkaProducer
 
 from streaming import events
+from streaming.producer import Message, connect, send
 from streaming.records import Reject
 
 CHUNK = 1_000
-DELIVERY_TIMEOUT_MS = 20_000
 
 
 class RejectLog:
@@ -29,7 +29,7 @@ class RejectLog:
     def __init__(self, bootstrap_servers: str, topic: str, view: str) -> None:
         self._topics = {"dead": events.dead(topic), "late": events.late(topic)}
         self._view = view.encode()
-        self._servers = bootstrap_servers.split(",")
+        self._servers = bootstrap_servers
         self._producer: KafkaProducer | None = None
 
     def write(self, rejects: Sequence[Reject]) -> None:
@@ -41,37 +41,24 @@ class RejectLog:
         if not rejects:
             return
         if self._producer is None:
-            self._producer = KafkaProducer(
-                bootstrap_servers=self._servers,
-                linger_ms=5,
-                delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
-                request_timeout_ms=DELIVERY_TIMEOUT_MS // 2,
-                max_block_ms=DELIVERY_TIMEOUT_MS,
-                reconnect_backoff_max_ms=1_000,
-            )
+            self._producer = connect(self._servers, linger_ms=5)
         for start in range(0, len(rejects), CHUNK):
-            sent = [
-                self._producer.send(
-                    self._topics[reject.kind],
-                    key=reject.key,
-                    value=b"" if reject.key is reject.value is None else reject.value,
-                    headers=[
-                        ("reason", reject.reason.encode()),
-                        ("view", self._view),
-                        ("partition", str(reject.partition).encode()),
-                        ("offset", str(reject.offset).encode()),
-                    ],
-                )
-                for reject in rejects[start : start + CHUNK]
-            ]
-            self._producer.flush(timeout=DELIVERY_TIMEOUT_MS / 1000)
-            for future in sent:
-                future.get(timeout=0)
+            send(self._producer, [self._message(reject) for reject in rejects[start : start + CHUNK]])
 
     def close(self) -> None:
         """Leave the broker."""
         if self._producer is not None:
             self._producer.close(timeout=2)
+
+    def _message(self, reject: Reject) -> Message:
+        headers = [
+            ("reason", reject.reason.encode()),
+            ("view", self._view),
+            ("partition", str(reject.partition).encode()),
+            ("offset", str(reject.offset).encode()),
+        ]
+        value = b"" if reject.key is reject.value is None else reject.value
+        return Message(self._topics[reject.kind], reject.key, value, headers)
 
 
 def identity(headers: Sequence[tuple[str, bytes]]) -> tuple[str, int, int]:

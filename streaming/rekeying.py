@@ -27,8 +27,8 @@ from streaming.json_tokens import (
 )
 from streaming.memory import address, byte
 from streaming.records import Bytes, Ints, RecordBatch, Reject
+from streaming.transactions import NO_EVENT_US
 
-NO_EVENT_US = -(1 << 63)
 _ZERO = 48
 
 

@@ -18,10 +18,12 @@ from streaming.json_tokens import (
     DOT,
     FAILED,
     MINUS,
+    NO_FIELD,
     OPEN_OBJECT,
     PLUS,
     QUOTE,
     literal,
+    matching,
     number,
     skip_space,
     skip_value,
@@ -34,7 +36,6 @@ from streaming.records import Bools, Bytes, Floats, Ints
 INTEGER, REAL, BOOLEAN, STRING, TIME = range(5)
 MIN_EPOCH_MS, MAX_EPOCH_MS = -62_135_596_800_000, 253_402_300_799_999
 
-_NO_FIELD = -1
 _NO_TIME_US = -(1 << 62)
 _EXACT_MANTISSA = 1 << 53
 _POWERS_OF_TEN = np.array([10.0**exponent for exponent in range(23)])
@@ -151,16 +152,16 @@ def _scan_record(
             name_end = unescape(i + 1, close, text, used)
             if name_end < 0:
                 return FAILED
-            field = _match(address(text) + used, address(text) + name_end, names, name_starts)
+            field = matching(address(text) + used, name_end - used, names, name_starts)
         else:
-            field = _match(i + 1, close, names, name_starts)
+            field = matching(i + 1, close - i - 1, names, name_starts)
         i = skip_space(close + 1, end)
         if i >= end or byte(i) != COLON:
             return FAILED
         i = skip_space(i + 1, end)
         if i >= end:
             return FAILED
-        if field == _NO_FIELD:
+        if field == NO_FIELD:
             i = skip_value(i, end)
         elif byte(i) == 110:
             seen[field] = False
@@ -192,21 +193,6 @@ def _scan_record(
             return used
         if i >= end or byte(i) != COMMA:
             return FAILED
-
-
-@kernel
-def _match(start: int, end: int, names: Bytes, name_starts: Ints) -> int:
-    length = end - start
-    for field in range(len(name_starts) - 1):
-        name = name_starts[field]
-        if name_starts[field + 1] - name != length:
-            continue
-        k = 0
-        while k < length and byte(start + k) == names[name + k]:
-            k += 1
-        if k == length:
-            return field
-    return _NO_FIELD
 
 
 @kernel

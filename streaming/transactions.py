@@ -14,13 +14,13 @@ from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartitio
 from kafka.errors import KafkaError
 
 from streaming.derivation import Derivation
+from streaming.producer import TIMEOUT_MS, Message, connect, send
 from streaming.simulators.columns import from_rows
 from streaming.simulators.delivery import deliver, takes_batches
 from streaming.simulators.encode import encode
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_MS = 20_000
 TRANSACTION_MS = 60_000
 RETRY_MS = 10
 NO_EVENT_US = -(1 << 63)
@@ -65,7 +65,7 @@ class Transactions:
 
     def __init__(self, derivation: Derivation, partition: int) -> None:
         self._topic, self._group = derivation.name, group(derivation)
-        self._servers = derivation.bootstrap_servers.split(",")
+        self._servers = derivation.bootstrap_servers
         self._inputs = [TopicPartition(each.topic, partition) for each in derivation.inputs]
         self._id = f"millrace-{derivation.name}-{partition}"
         self._producer: KafkaProducer | None = None
@@ -77,19 +77,12 @@ class Transactions:
             KafkaError: the broker did not answer in time; call again.
         """
         self.close()
-        self._producer = KafkaProducer(
-            bootstrap_servers=self._servers,
-            transactional_id=self._id,
-            transaction_timeout_ms=TRANSACTION_MS,
-            delivery_timeout_ms=TIMEOUT_MS,
-            request_timeout_ms=TIMEOUT_MS // 2,
-            max_block_ms=TIMEOUT_MS,
-            retry_backoff_ms=RETRY_MS,
-            reconnect_backoff_max_ms=1_000,
+        self._producer = connect(
+            self._servers, transactional_id=self._id, transaction_timeout_ms=TRANSACTION_MS, retry_backoff_ms=RETRY_MS
         )
         self._producer.init_transactions()
         consumer = KafkaConsumer(
-            bootstrap_servers=self._servers,
+            bootstrap_servers=self._servers.split(","),
             group_id=self._group,
             isolation_level="read_committed",  # waits for offsets of a transaction that is just ending
             enable_auto_commit=False,
@@ -114,10 +107,7 @@ class Transactions:
             return
         partitions = len(producer.partitions_for(self._topic))
         if not takes_batches():
-            sent = [producer.send(self._topic, key=k, value=v) for k, v in zip(keys, values, strict=True)]
-            producer.flush(timeout=TIMEOUT_MS / 1000)
-            for future in sent:
-                future.get(timeout=0)
+            send(producer, [Message(self._topic, key, value) for key, value in zip(keys, values, strict=True)])
             return
         events = from_rows([0] * len(keys), keys, values)
         deliveries = [deliver(producer, self._topic, batch) for batch in encode(events, [partitions])]

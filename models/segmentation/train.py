@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from models import trainer
-from models.registry import CHALLENGER, CHAMPION, ModelVersion, Registry
-from models.runs import Run, claimed, opened
+from models.registry import ModelVersion, Registry
+from models.runs import Run, claimed, flatten, opened
 from models.segmentation import figures, predict
 from models.segmentation.config import PredictConfig, SegmentationConfig
 from models.segmentation.data import Splits, training_number, training_scan
@@ -257,34 +257,22 @@ def _register(
     found: Splits,
     scores: Mapping[str, float],
 ) -> tuple[ModelVersion, str]:
-    """Register, as champion where the present one is not at least as good on the same split, else as challenger.
+    """Register, as champion where it is the first or beats the present one, else as challenger.
 
     A champion that another split of the same real images trained can't be judged on this one, so it stays.
     """
-    name = config.registered_name
     tags = {"task": "segmentation", "split_hash": found.hash, "source": found.source}
     tags |= {key: f"{value:.6f}" for key, value in scores.items()}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         predictor.save(folder)
-        version = registry.register(name, folder, run_id=run.id, tags=tags)
-    if (name, CHAMPION) not in registry.aliases():
-        registry.set_alias(name, CHAMPION, version.version, "the first version")
-        return version, CHAMPION
-    champion = registry.resolve(name, CHAMPION)
-    if champion.tags.get("split_hash") == found.hash:
-        to_beat = float(champion.tags["dice"])
-    elif found.source != "phantoms" and champion.tags.get("source") == found.source:
-        reason = (
-            f"version {champion.version} was trained on another split, perhaps on images of test split {found.hash}"
-        )
-        registry.set_alias(name, CHALLENGER, version.version, reason)
-        return version, CHALLENGER
-    else:
-        to_beat = _dice_of(registry, champion, found)
-    alias = CHAMPION if scores["dice"] > to_beat else CHALLENGER
-    reason = f"Dice {scores['dice']:.4f} against {to_beat:.4f} of version {champion.version} on split {found.hash}"
-    registry.set_alias(name, alias, version.version, reason)
+        version = registry.register(config.registered_name, folder, run_id=run.id, tags=tags)
+
+    def measure(champion: ModelVersion) -> float | None:
+        unfair = found.source != "phantoms" and champion.tags.get("source") == found.source
+        return None if unfair else _dice_of(registry, champion, found)
+
+    alias = registry.enter(version, "dice", scores["dice"], higher_is_better=True, measure=measure)
     return version, alias
 
 
@@ -317,16 +305,9 @@ def fingerprint(config: SegmentationConfig, found: Splits) -> str:
 
 
 def _parameters(config: SegmentationConfig, found: Splits) -> dict[str, object]:
-    sections = config.model_dump(mode="json")
-    flat = {
-        f"{section}.{key}": value
-        for section, values in sections.items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-    }
     counts = {"train": len(found.train), "validation": len(found.validation), "test": len(found.test)}
     return (
-        flat
+        flatten(config.model_dump(mode="json"))
         | {f"data.{part}_count": count for part, count in counts.items()}
-        | {"data.hash": found.hash, "data.skipped": found.skipped, "change": config.change}
+        | {"data.hash": found.hash, "data.skipped": found.skipped}
     )

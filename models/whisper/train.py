@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from models import trainer
-from models.registry import BASELINE, CHALLENGER, CHAMPION, ModelVersion, Registry
-from models.runs import Run, claimed, opened
+from models.registry import BASELINE, ModelVersion, Registry
+from models.runs import Run, claimed, flatten, opened
 from models.whisper import network as networks
 from models.whisper import predict
 from models.whisper.audio import resample
@@ -221,21 +221,13 @@ def _register(
     rates: Mapping[str, float],
     cache: Path,
 ) -> tuple[ModelVersion, str]:
-    """Register, as champion where the present one is not at least as good on the same split, else as challenger."""
+    """Register, as champion where it is the first or beats the present one, else as challenger."""
     version = _upload(registry, name, predictor, "model", run, found, rates)
-    present = registry.aliases().get((name, CHAMPION))
-    if present is None:
-        registry.set_alias(name, CHAMPION, version.version, "the first version")
-        return version, CHAMPION
-    champion = registry.resolve(name, CHAMPION)
-    if champion.tags.get("split_hash") == found.hash:
-        to_beat = float(champion.tags["wer"])
-    else:
-        to_beat = _rates(errors(predict.load(registry.download(champion, cache)), found.test))["wer"]
-    alias = CHAMPION if rates["wer"] < to_beat else CHALLENGER
-    reason = f"WER {rates['wer']:.4f} against {to_beat:.4f} of version {champion.version} on split {found.hash}"
-    registry.set_alias(name, alias, version.version, reason)
-    return version, alias
+
+    def measure(champion: ModelVersion) -> float:
+        return _rates(errors(predict.load(registry.download(champion, cache)), found.test))["wer"]
+
+    return version, registry.enter(version, "wer", rates["wer"], higher_is_better=False, measure=measure)
 
 
 def _register_baseline(
@@ -281,16 +273,9 @@ def _fingerprint(config: WhisperConfig, found: Splits) -> str:
 
 
 def _parameters(config: WhisperConfig, found: Splits) -> dict[str, object]:
-    sections = config.model_dump(mode="json", exclude={"evaluate"})
-    flat = {
-        f"{section}.{key}": value
-        for section in sections
-        if isinstance(sections[section], dict)
-        for key, value in sections[section].items()
-    }
     counts = {"digits": len(found.train), "validation": len(found.validation), "test": len(found.test)}
     return (
-        flat
+        flatten(config.model_dump(mode="json", exclude={"evaluate"}))
         | {f"data.{part}_count": count for part, count in counts.items()}
         | {
             "data.hash": found.hash,

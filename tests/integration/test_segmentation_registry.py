@@ -52,4 +52,4 @@ def test_a_champion_of_another_split_of_real_images_stays(mlflow_uri):
     assert _register(registry, config, predictor, run, found, {"dice": 0.5})[1] == CHAMPION
     assert _register(registry, config, predictor, run, replace(found, hash="x"), {"dice": 0.9})[1] == CHALLENGER
     reason = registry.resolve(config.registered_name, CHALLENGER).tags["challenger.reason"]
-    assert "perhaps on images of test split x" in reason
+    assert "perhaps trained on samples of test split x" in reason

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from ops.configuration import ConfigurationError, flatten, load
+from models.runs import flatten
+from ops.configuration import ConfigurationError, load
 
 
 class Section(BaseModel):
