@@ -86,9 +86,7 @@ class Registry:
         same = champion.tags.get("split_hash") == split
         to_beat = float(champion.tags[metric]) if same else measure(champion)
         if to_beat is None:
-            reason = (
-                f"version {champion.version} is of another split, perhaps trained on samples of test split {split}"
-            )
+            reason = f"version {champion.version} is of another split, perhaps trained on samples of test split {split}"
             self.set_alias(name, CHALLENGER, version.version, reason)
             return CHALLENGER
         better = value > to_beat if higher_is_better else value < to_beat

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ops.environment import Environment
 from streaming.events import EDITS, LABELS, MEASUREMENTS, PREDICTIONS, Topic
+from streaming.producing.columns import Events, limited
 from streaming.simulators import editors, nab, replay, wikipedia
 from streaming.simulators.arrival import SECOND_US, Faults, disturb, paced
-from streaming.simulators.columns import Events, limited
 from streaming.simulators.patterns import START, Pattern, Shape
 from streaming.simulators.predictions import predictions
 from streaming.simulators.produce import ensure_topic, produce

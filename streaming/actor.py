@@ -12,18 +12,18 @@ from feast import FeatureStore, FileSource, RepoConfig
 from streaming.changelog import ChangelogSink, Published
 from streaming.checkpoint import CheckpointStore
 from streaming.control import DriftLog
-from streaming.derivation import Derivation
-from streaming.deriving import Deriver
+from streaming.deriving.derivation import Derivation
+from streaming.deriving.deriver import Deriver
+from streaming.deriving.operators import open_operator
+from streaming.deriving.transactions import Transactions, group
 from streaming.group import GroupMember
 from streaming.holding import Online
 from streaming.logs import log_to_stderr
 from streaming.metrics import StreamMetrics, serve
 from streaming.offline import OfflineLog
-from streaming.operators import open_operator
 from streaming.plan import Plan
 from streaming.rejects import RejectLog
 from streaming.sinks import OnlineSink
-from streaming.transactions import Transactions, group
 from streaming.wire import Consumer
 from streaming.worker import Worker
 

@@ -15,7 +15,7 @@ import orjson
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
-from streaming.producer import Message, connect, send
+from streaming.producing.producer import Message, connect, send
 from streaming.records import Emission
 from streaming.sinks import OnlineSink, latest
 from streaming.sqlite_store import EPOCH

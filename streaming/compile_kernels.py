@@ -28,7 +28,7 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
 def _keep_apart_from_other_versions() -> None:
     """Names the cache after all sources: numba renews a kernel when its own file changes, not one that it calls."""
     folder = Path(__file__).parent
-    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))).hexdigest()
     numba.config.CACHE_DIR = str(folder / "__pycache__" / f"kernels-{sources[:16]}")  # type: ignore[attr-defined]
 
 
@@ -87,13 +87,13 @@ def _compile_joins() -> None:
     """Joins a few records, looks them up and gives them another key."""
     import pyarrow as pa
 
-    from streaming.as_of_join import AsOfJoin
-    from streaming.derivation import Derivation, Input
-    from streaming.interval_join import IntervalJoin
-    from streaming.join_input import LeftInput
+    from streaming.deriving.as_of_join import AsOfJoin
+    from streaming.deriving.derivation import Derivation, Input
+    from streaming.deriving.interval_join import IntervalJoin
+    from streaming.deriving.join_input import LeftInput
+    from streaming.deriving.rekeying import Rekeying
+    from streaming.deriving.table_lookup import History
     from streaming.records import RecordBatch
-    from streaming.rekeying import Rekeying
-    from streaming.table_lookup import History
 
     source = Input("one", "one", "", "id string, number bigint, time bigint, more string", "time", 0)
     right = Input("two", "two", "", source.schema, "time", 0)

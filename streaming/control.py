@@ -12,7 +12,7 @@ import orjson
 from kafka import KafkaProducer
 
 from streaming.events import CONTROL
-from streaming.producer import Message, connect, send
+from streaming.producing.producer import Message, connect, send
 from streaming.records import Drift, iso
 from streaming.topics import ensure_topics
 

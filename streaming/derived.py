@@ -14,7 +14,7 @@ from glob import glob
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from streaming.ddl import INTEGERS, read_schema, write_schema
-from streaming.derivation import TAG, Derivation, Input, Table
+from streaming.deriving.derivation import TAG, Derivation, Input, Table
 from streaming.plan import PlanError
 from streaming.records import RecordBatch, Reject
 

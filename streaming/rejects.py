@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from kafka import KafkaProducer
 
 from streaming import events
-from streaming.producer import Message, connect, send
+from streaming.producing.producer import Message, connect, send
 from streaming.records import Reject
 
 CHUNK = 1_000

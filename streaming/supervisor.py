@@ -23,12 +23,12 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from streaming.actor import Assignment, Settings, StreamActor, checkpoint_uri
 from streaming.checkpoint import CheckpointStore, StaleEpochError
-from streaming.derivation import Derivation
+from streaming.deriving.derivation import Derivation
+from streaming.deriving.topology import SupervisorError, check_partitions, input_topics, prepare, stages
 from streaming.plan import Plan
 from streaming.report import Report, beating, read_workers, write_workers
 from streaming.shares import Unit, deal
 from streaming.topics import TopicWatch
-from streaming.topology import SupervisorError, check_partitions, input_topics, prepare, stages
 from streaming.worker import FLUSH_S, stream_name
 
 log = logging.getLogger(__name__)

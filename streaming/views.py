@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from streaming.ddl import INTEGERS, read_schema
-from streaming.derivation import TAG, Derivation
+from streaming.deriving.derivation import TAG, Derivation
 from streaming.model_tags import PREFIX, models
 from streaming.plan import (
     FUNCTIONS,

@@ -19,7 +19,7 @@ from typing import Any
 from streaming import loop
 from streaming.cadence import Cadence
 from streaming.checkpoint import CheckpointStore
-from streaming.derivation import Derivation
+from streaming.deriving.derivation import Derivation
 from streaming.holding import Drifts, Held, Online, Rejects, Source
 from streaming.keyed import KeyCheck
 from streaming.loop import BACKOFF_S, FINISH_S

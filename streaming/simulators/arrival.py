@@ -15,8 +15,8 @@ import numpy.typing as npt
 import orjson
 
 from streaming.events import EDITS, Topic
+from streaming.producing.columns import Event, Events, from_rows, joined, rows
 from streaming.records import Bools, Floats, Ints
-from streaming.simulators.columns import Event, Events, from_rows, joined, rows
 
 SECOND_US = 1_000_000
 MINUTE_US = 60 * SECOND_US

@@ -13,10 +13,10 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
+from streaming.producing.columns import CHUNK, Events
+from streaming.producing.encode import BATCH_BYTES, Batch, Compression, encode, packed
 from streaming.records import Ints
 from streaming.simulators.arrival import Faults, disturb
-from streaming.simulators.columns import CHUNK, Events
-from streaming.simulators.encode import BATCH_BYTES, Batch, Compression, encode, packed
 from streaming.simulators.patterns import START, Shape, skewed
 from streaming.simulators.produce import Report, ensure_topic, produce
 from streaming.simulators.render import Moment, Name, Number, Template

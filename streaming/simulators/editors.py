@@ -13,9 +13,9 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
+from streaming.producing.columns import Events
 from streaming.records import Ints
 from streaming.simulators.arrival import SECOND_US
-from streaming.simulators.columns import Events
 from streaming.simulators.render import BOOLEAN, Moment, Name, Number, Template, Text
 
 CHUNK = 50_000

@@ -8,8 +8,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.csv
 
+from streaming.producing.columns import Events, limited, sorted_within
 from streaming.records import Bools, Ints
-from streaming.simulators.columns import Events, limited, sorted_within
 from streaming.simulators.replay import from_table
 
 FOLDER = "events-nab"

@@ -7,9 +7,9 @@ from enum import StrEnum
 
 import numpy as np
 
+from streaming.producing.columns import CHUNK
 from streaming.records import Floats, Ints
 from streaming.simulators.arrival import HOUR_US, MINUTE_US, SECOND_US
-from streaming.simulators.columns import CHUNK
 
 START = datetime(2026, 1, 5, tzinfo=UTC)
 DAY_US = 24 * HOUR_US

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from streaming.producing.columns import Events
 from streaming.records import Ints
 from streaming.simulators.arrival import MINUTE_US, SECOND_US, Held
-from streaming.simulators.columns import Events
 from streaming.simulators.patterns import USUAL, Shape, skewed
 from streaming.simulators.render import BOOLEAN, NULL, Moment, Name, Number, Template, Text
 from streaming.simulators.sources import scaled

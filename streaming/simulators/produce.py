@@ -10,9 +10,9 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError, MessageSizeTooLargeError
 from kafka.producer.future import FutureRecordMetadata
 
+from streaming.producing.delivery import Delivery, deliver, takes_batches
+from streaming.producing.encode import BATCH_BYTES, Batch, Compression, encode
 from streaming.simulators.arrival import KINDS, Arrivals
-from streaming.simulators.delivery import Delivery, deliver, takes_batches
-from streaming.simulators.encode import BATCH_BYTES, Batch, Compression, encode
 from streaming.topics import ensure_topics
 
 IN_FLIGHT_BYTES = 32 * 2**20

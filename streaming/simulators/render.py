@@ -11,8 +11,8 @@ import numpy as np
 import orjson
 
 from streaming.compile_kernels import kernel
+from streaming.producing.columns import Events
 from streaming.records import Bytes, Ints
-from streaming.simulators.columns import Events
 
 NULL = -(2**63)
 """In a column: the JSON value null."""

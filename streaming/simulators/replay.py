@@ -19,8 +19,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from streaming.events import Topic
+from streaming.producing.columns import CHUNK, Events, from_rows, sorted_within
 from streaming.records import Ints
-from streaming.simulators.columns import CHUNK, Events, from_rows, sorted_within
 
 SORT_ROWS = 100_000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -11,9 +11,9 @@ from itertools import product
 import numpy as np
 
 from streaming.events import DIAGRAMS, INSPECTIONS, MEASUREMENTS, PROMPTS, SCANS, UTTERANCES, Topic
+from streaming.producing.columns import Events
 from streaming.records import Floats, Ints
 from streaming.simulators.arrival import HOUR_US
-from streaming.simulators.columns import Events
 from streaming.simulators.patterns import DAY_US, USUAL, Draw, Shape, skewed
 from streaming.simulators.render import BOOLEAN, NULL, Moment, Name, Number, Template, Text
 

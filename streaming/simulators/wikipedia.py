@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from streaming.events import EDITS
-from streaming.simulators.columns import Events, sorted_within
+from streaming.producing.columns import Events, sorted_within
 from streaming.simulators.replay import SORT_ROWS, json_lines
 
 FOLDER = "events-wikipedia-edits"

@@ -70,7 +70,7 @@ def test_drifts_reach_the_topic_control(kafka):
 
 def test_a_broker_that_is_away_is_an_error_to_try_again(monkeypatch):
     (port,) = free_ports(1)
-    monkeypatch.setattr("streaming.producer.TIMEOUT_MS", 1_000)
+    monkeypatch.setattr("streaming.producing.producer.TIMEOUT_MS", 1_000)
     sink = ChangelogSink(f"127.0.0.1:{port}", "activity.features")
     with pytest.raises(KafkaError):
         sink.write([emission(["ann"], [AT_US], [1])])

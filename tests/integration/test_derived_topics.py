@@ -24,14 +24,14 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.partitioner.default import murmur2
 
 from streaming.checkpoint import CheckpointStore, StaleEpochError
-from streaming.derivation import TAG, Derivation
 from streaming.derived import rekeyed
-from streaming.deriving import Deriver
+from streaming.deriving.derivation import TAG, Derivation
+from streaming.deriving.deriver import Deriver
+from streaming.deriving.rekeying import Rekeying
+from streaming.deriving.transactions import Transactions, group
 from streaming.rejects import RejectLog
-from streaming.rekeying import Rekeying
 from streaming.supervisor import Supervisor
 from streaming.topics import ensure_topics
-from streaming.transactions import Transactions, group
 from streaming.views import derivations, plans
 from streaming.wire import Consumer
 

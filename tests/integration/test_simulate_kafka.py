@@ -19,9 +19,9 @@ from ops.broker import Broker
 from ops.environment import Environment
 from ops.ports import free_ports
 from streaming.events import EDITS
+from streaming.producing.columns import from_rows, rows
 from streaming.simulators import bulk
 from streaming.simulators.arrival import Arrivals, Faults, disturb, paced
-from streaming.simulators.columns import from_rows, rows
 from streaming.simulators.produce import ProduceError, ensure_topic, produce, produce_batches
 
 
@@ -49,7 +49,7 @@ def test_counts_equal_what_kafka_holds_and_keys_keep_their_partition(
 ) -> None:
     # So little memory that the producer must wait for acknowledgements many times.
     monkeypatch.setattr("streaming.simulators.produce.IN_FLIGHT_BYTES", 50_000)
-    monkeypatch.setattr("streaming.simulators.delivery.TRIED_VERSIONS", versions)
+    monkeypatch.setattr("streaming.producing.delivery.TRIED_VERSIONS", versions)
     environment = Environment(kafka, None, tmp_path, None, ())
     topic = f"simulated-{len(versions[0])}"
     faults = ["--disorder", "0.2", "--duplicates", "0.1", "--late", "0.05", "--poison", "0.1", "--seed", "5"]
@@ -89,7 +89,7 @@ def parsed(value: bytes) -> dict[str, object] | None:
 
 def test_both_ways_put_the_same_records_in_the_same_places(kafka: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for topic, versions in (("ready", ("3.0.",)), ("public", ())):
-        monkeypatch.setattr("streaming.simulators.delivery.TRIED_VERSIONS", versions)
+        monkeypatch.setattr("streaming.producing.delivery.TRIED_VERSIONS", versions)
         ensure_topic(kafka, topic, 5)
         produce(disturb(bulk.events(4000, keys=300, skew=1.0), Faults(disorder=0.1)), kafka, topic)
     ready, public = everything(kafka, "ready"), everything(kafka, "public")

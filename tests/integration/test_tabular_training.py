@@ -16,7 +16,8 @@ from models import predictor
 from models.registry import Registry
 from models.tabular import data
 from models.tabular.config import DataConfig
-from streaming.simulators import columns, editors
+from streaming.producing import columns
+from streaming.simulators import editors
 from streaming.simulators.arrival import Faults, disturb
 from streaming.simulators.produce import ensure_topic, produce
 

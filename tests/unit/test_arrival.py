@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streaming.producing.columns import Event, Events, from_rows, rows, sorted_within
 from streaming.simulators.arrival import (
     DISORDER_US,
     HOUR_US,
@@ -24,7 +25,6 @@ from streaming.simulators.arrival import (
     disturb,
     paced,
 )
-from streaming.simulators.columns import Event, Events, from_rows, rows, sorted_within
 
 shares = st.floats(0.0, 0.5)
 all_faults = st.builds(

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streaming.events import LABELS, PREDICTIONS
+from streaming.producing.columns import rows
 from streaming.simulators.arrival import HOUR_US, MINUTE_US, SECOND_US
-from streaming.simulators.columns import rows
 from streaming.simulators.patterns import BURST_SHARE, BURST_US, DAY_US, Pattern, Shape, gaps_us, skewed, times_us
 from streaming.simulators.predictions import LABELLED, RIGHT, predictions
 from streaming.simulators.sources import SOURCES, generate

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming.as_of_join import AsOfJoin
-from streaming.derivation import Derivation, Input
 from streaming.derived import Derived, Operator
+from streaming.deriving.as_of_join import AsOfJoin
+from streaming.deriving.derivation import Derivation, Input
 from streaming.records import RecordBatch
 from streaming.state import StateError
 
@@ -296,7 +296,7 @@ def test_memory_holds_the_last_price_of_each_item_and_what_waits(tolerance_ms):
 
 @pytest.mark.parametrize("ahead", [0, 5_000])
 def test_an_idle_side_is_not_hurried_by_a_large_state_but_by_what_waits(monkeypatch, ahead):
-    monkeypatch.setattr("streaming.buffered_join.HELD_BYTES", 1 << 18)
+    monkeypatch.setattr("streaming.deriving.buffered_join.HELD_BYTES", 1 << 18)
     operator = AsOfJoin(join())
     prices = [Event(f"item-{number}", 10, number).value(1) for number in range(5_000)]
     operator.process(1, RecordBatch.of_values(prices, 0), NOW_US)

@@ -12,10 +12,10 @@ from feast.stream_feature_view import StreamFeatureView
 from feast.types import Int64, String
 
 from streaming.ddl import read_schema, write_schema
-from streaming.derivation import TAG, Derivation
 from streaming.derived import as_of_join, feature_lookup, interval_join, rekeyed, table_lookup
+from streaming.deriving.derivation import TAG, Derivation
+from streaming.deriving.topology import SupervisorError, check_partitions, stages
 from streaming.plan import Plan, PlanError
-from streaming.topology import SupervisorError, check_partitions, stages
 from streaming.views import derivations, plans
 
 MINUTE_US = 60_000_000

@@ -14,13 +14,13 @@ from kafka import OffsetAndMetadata
 from kafka.errors import KafkaError
 
 from streaming.checkpoint import CheckpointStore, StaleEpochError
-from streaming.derivation import Derivation, Input
 from streaming.derived import Derived
-from streaming.derived_partition import COMMIT_S
-from streaming.deriving import PENDING_ROWS, Deriver
+from streaming.deriving.derivation import Derivation, Input
+from streaming.deriving.derived_partition import COMMIT_S
+from streaming.deriving.deriver import PENDING_ROWS, Deriver
+from streaming.deriving.rekeying import Rekeying
 from streaming.keyed import WorkerError
 from streaming.records import RecordBatch, Reject
-from streaming.rekeying import Rekeying
 from streaming.state import StateError
 
 LEFT = Input("orders", "orders", "", "time timestamp, item string", "time", 0)

@@ -9,8 +9,8 @@ from pathlib import Path
 import orjson
 import pytest
 
+from streaming.producing.columns import rows
 from streaming.simulators import editors, wikipedia
-from streaming.simulators.columns import rows
 from streaming.simulators.replay import EPOCH, MICROSECOND
 
 REAL_FIELDS = {

@@ -10,8 +10,8 @@ import pytest
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
 from feast.types import Array, Float64, Int64, String
 
-from streaming.derivation import Derivation, Input
-from streaming.feature_lookup import FeatureLookup
+from streaming.deriving.derivation import Derivation, Input
+from streaming.deriving.feature_lookup import FeatureLookup
 from streaming.plan import PlanError
 from streaming.records import RecordBatch
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming.derivation import Derivation, Input
 from streaming.derived import Derived, Operator
-from streaming.interval_join import IntervalJoin
+from streaming.deriving.derivation import Derivation, Input
+from streaming.deriving.interval_join import IntervalJoin
 from streaming.plan import PlanError
 from streaming.records import RecordBatch
 from streaming.state import StateError
@@ -383,7 +383,7 @@ def test_what_waits_in_a_burst_is_given_back():
 
 
 def test_a_replayed_stream_does_not_wait_in_memory_for_one_that_has_ended(monkeypatch):
-    monkeypatch.setattr("streaming.buffered_join.HELD_BYTES", 1 << 20)
+    monkeypatch.setattr("streaming.deriving.buffered_join.HELD_BYTES", 1 << 20)
     operator = IntervalJoin(join(0, 1_000))
     operator.process(1, RecordBatch.of_values([right_event("a", 1).value], 0), NOW_US)
     sizes = []

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from kafka.partitioner.default import murmur2
 from kafka.record.memory_records import MemoryRecords
 
+from streaming.producing.columns import Events, from_rows, rows
+from streaming.producing.delivery import Delivery
+from streaming.producing.encode import Batch, encode, encode_partition, packed
 from streaming.simulators import bulk
-from streaming.simulators.columns import Events, from_rows, rows
-from streaming.simulators.delivery import Delivery
-from streaming.simulators.encode import Batch, encode, encode_partition, packed
 from streaming.wire import parse_batch
 
 messages = st.lists(st.tuples(st.binary(max_size=40), st.binary(max_size=300)), max_size=60)

@@ -5,9 +5,9 @@ import json
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streaming.derivation import Derivation, Input
+from streaming.deriving.derivation import Derivation, Input
+from streaming.deriving.rekeying import Rekeying
 from streaming.records import RecordBatch
-from streaming.rekeying import Rekeying
 
 EDITS = Input("edits", "edits", "", "time timestamp, page string", "time", 0)
 DERIVATION = Derivation("by_page", "rekeyed", (EDITS,), "page", EDITS.schema, 0)

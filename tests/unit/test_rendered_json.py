@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming.simulators.columns import CHUNK, from_rows, joined, limited, rows
+from streaming.producing.columns import CHUNK, from_rows, joined, limited, rows
 from streaming.simulators.render import BOOLEAN, NULL, Moment, Name, Number, Template, Text
 
 TEXTS = ('with "quotes"', "ünïcode", "", "line\nbreak", None)

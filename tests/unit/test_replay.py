@@ -13,8 +13,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from streaming.producing.columns import CHUNK, Event, rows
 from streaming.simulators import nab, replay
-from streaming.simulators.columns import CHUNK, Event, rows
 
 TRIPS = pa.table(
     {

@@ -11,9 +11,9 @@ from ops import simulate
 from ops.environment import Environment
 from ops.ports import free_ports
 from streaming.events import MEASUREMENTS
+from streaming.producing.columns import Event, rows
 from streaming.simulators import nab, wikipedia
 from streaming.simulators.arrival import Faults, Kind, disturb
-from streaming.simulators.columns import Event, rows
 from streaming.simulators.patterns import START
 from streaming.simulators.sources import SOURCES
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streaming.derivation import Derivation, Input, Table
+from streaming.deriving.derivation import Derivation, Input, Table
+from streaming.deriving.table_lookup import LOOK_US, TableLookup
 from streaming.plan import PlanError
 from streaming.records import RecordBatch
-from streaming.table_lookup import LOOK_US, TableLookup
 
 NOW_US = 10**12
 EDITS = Input("edits", "edits", "", "user string, time timestamp, n bigint", "time", 0)

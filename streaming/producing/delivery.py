@@ -15,7 +15,7 @@ from kafka import KafkaProducer, TopicPartition
 from kafka.errors import KafkaTimeoutError
 from kafka.producer.producer_batch import ProducerBatch
 
-from streaming.simulators.encode import Batch
+from streaming.producing.encode import Batch
 
 TRIED_VERSIONS = ("3.0.",)
 

@@ -6,11 +6,11 @@ from typing import Self
 
 import numpy as np
 
-from streaming.derivation import Derivation
 from streaming.derived import Derived
-from streaming.join_buffer import Arrived, Buffers
-from streaming.join_clock import JoinClock
-from streaming.join_input import FUTURE, LeftInput, RightInput, refused
+from streaming.deriving.derivation import Derivation
+from streaming.deriving.join_buffer import Arrived, Buffers
+from streaming.deriving.join_clock import JoinClock
+from streaming.deriving.join_input import FUTURE, LeftInput, RightInput, refused
 from streaming.records import Bools, Ints, RecordBatch
 from streaming.state import StateError, pack, unpack
 from streaming.windows import NEVER_US

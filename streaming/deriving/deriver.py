@@ -16,18 +16,18 @@ from typing import Any, NamedTuple, Protocol
 from kafka.errors import KafkaError
 
 from streaming import loop
-from streaming.alignment import Alignment, Foreign
 from streaming.checkpoint import CheckpointStore, StaleEpochError
-from streaming.commits import Commits, Output
-from streaming.derivation import Derivation
 from streaming.derived import Operator
-from streaming.derived_partition import DerivedPartition, Waiting
+from streaming.deriving.alignment import Alignment, Foreign
+from streaming.deriving.commits import Commits, Output
+from streaming.deriving.derivation import Derivation
+from streaming.deriving.derived_partition import DerivedPartition, Waiting
+from streaming.deriving.transactions import Progress
 from streaming.holding import Rejects, Source
 from streaming.keyed import KeyCheck
 from streaming.loop import FINISH_S
 from streaming.metrics import Measures
 from streaming.state import StateError
-from streaming.transactions import Progress
 from streaming.windows import NEVER_US
 from streaming.worker import stream_name
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from streaming.derivation import Derivation
 from streaming.derived import Derived
-from streaming.join_buffer import NO_ROW, NOTHING, texts
-from streaming.join_input import FUTURE, READ, Events, LeftInput, refused
+from streaming.deriving.derivation import Derivation
+from streaming.deriving.join_buffer import NO_ROW, NOTHING, texts
+from streaming.deriving.join_input import FUTURE, READ, Events, LeftInput, refused
 from streaming.plan import FUTURE_US
 from streaming.records import Bytes, Ints, RecordBatch
 from streaming.windows import NEVER_US

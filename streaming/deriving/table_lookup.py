@@ -18,12 +18,12 @@ from pyarrow import fs as pafs
 from streaming.checkpoint import filesystem
 from streaming.compile_kernels import kernel
 from streaming.ddl import read_schema
-from streaming.derivation import Derivation, Table
-from streaming.join_input import Events, key_type
+from streaming.deriving.derivation import Derivation, Table
+from streaming.deriving.join_input import Events, key_type
+from streaming.deriving.lookup import Lookup
+from streaming.deriving.raw_json import read_only
 from streaming.keys import KeyIndex
-from streaming.lookup import Lookup
 from streaming.plan import PlanError
-from streaming.raw_json import read_only
 from streaming.records import Bytes, Ints
 
 LOOK_US = 10_000_000

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from streaming.checkpoint import CheckpointStore, StaleEpochError
+from streaming.deriving.transactions import Progress
 from streaming.state import StateError
-from streaming.transactions import Progress
 
 FIRST_TO_PROVE = 2
 

@@ -16,8 +16,8 @@ from crc32c import crc32c
 from kafka.codec import lz4_encode
 
 from streaming.compile_kernels import kernel
+from streaming.producing.columns import Events, from_rows
 from streaming.records import Bytes, Ints
-from streaming.simulators.columns import Events, from_rows
 
 BATCH_BYTES = 512 * 1024
 """Uncompressed size at which a batch is full, unless one record is larger: half of what brokers take by default."""

@@ -6,9 +6,9 @@ import numpy as np
 
 from streaming.ddl import INTEGERS, read_schema
 from streaming.decode import Columns, Decoder
-from streaming.derivation import Input, Table
+from streaming.deriving.derivation import Input, Table
+from streaming.deriving.raw_json import Tails, decimal_texts, last_braces, read_only
 from streaming.plan import Column, ColumnType, EntityType, Plan, PlanError
-from streaming.raw_json import Tails, decimal_texts, last_braces, read_only
 from streaming.records import Bools, Bytes, Ints, RecordBatch, Reject, RejectKind, iso
 
 READ, FUTURE, LATE = range(3)

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from kafka.errors import KafkaError
 
-from streaming.alignment import Standing
-from streaming.commits import Commit, Commits
-from streaming.derivation import Derivation
 from streaming.derived import Derived, Operator
+from streaming.deriving.alignment import Standing
+from streaming.deriving.commits import Commit, Commits
+from streaming.deriving.derivation import Derivation
+from streaming.deriving.transactions import Progress
 from streaming.holding import DATED_US
 from streaming.records import Ints, RecordBatch, Reject
-from streaming.transactions import Progress
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
-from streaming.derivation import Derivation
-from streaming.join_input import Events, key_type
+from streaming.deriving.derivation import Derivation
+from streaming.deriving.join_input import Events, key_type
+from streaming.deriving.lookup import Lookup
+from streaming.deriving.raw_json import read_only
 from streaming.keys import KeyIndex
-from streaming.lookup import Lookup
 from streaming.plan import PlanError
-from streaming.raw_json import read_only
 from streaming.records import Bytes, Ints
 
 if TYPE_CHECKING:

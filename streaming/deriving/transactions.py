@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
 from kafka.errors import KafkaError
 
-from streaming.derivation import Derivation
-from streaming.producer import TIMEOUT_MS, Message, connect, send
-from streaming.simulators.columns import from_rows
-from streaming.simulators.delivery import deliver, takes_batches
-from streaming.simulators.encode import encode
+from streaming.deriving.derivation import Derivation
+from streaming.producing.columns import from_rows
+from streaming.producing.delivery import deliver, takes_batches
+from streaming.producing.encode import encode
+from streaming.producing.producer import TIMEOUT_MS, Message, connect, send
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from kafka import OffsetAndMetadata
 
 from streaming.ddl import INTEGERS, read_schema
 from streaming.decode import Decoder
-from streaming.derivation import Derivation
+from streaming.deriving.derivation import Derivation
+from streaming.deriving.transactions import NO_EVENT_US, progress_of
 from streaming.plan import FUTURE_US, Plan
 from streaming.records import Ints, RecordBatch
-from streaming.transactions import NO_EVENT_US, progress_of
 from streaming.windows import NEVER_US
 
 LOOK_S = (0.1, 1.0)

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from streaming.as_of_join import AsOfJoin
-from streaming.buffered_join import BufferedJoin
-from streaming.derivation import Derivation
 from streaming.derived import Operator
-from streaming.feature_lookup import FeatureLookup
-from streaming.interval_join import IntervalJoin
-from streaming.rekeying import Rekeying
-from streaming.table_lookup import TableLookup
+from streaming.deriving.as_of_join import AsOfJoin
+from streaming.deriving.buffered_join import BufferedJoin
+from streaming.deriving.derivation import Derivation
+from streaming.deriving.feature_lookup import FeatureLookup
+from streaming.deriving.interval_join import IntervalJoin
+from streaming.deriving.rekeying import Rekeying
+from streaming.deriving.table_lookup import TableLookup
 
 if TYPE_CHECKING:
     from feast import FeatureStore

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from streaming.buffered_join import BufferedJoin
 from streaming.compile_kernels import kernel
-from streaming.derivation import Derivation
-from streaming.join_buffer import (
+from streaming.deriving.buffered_join import BufferedJoin
+from streaming.deriving.derivation import Derivation
+from streaming.deriving.join_buffer import (
     AHEAD,
     MATCHED,
     NO_ROW,
@@ -28,7 +28,7 @@ from streaming.join_buffer import (
     push,
     with_room,
 )
-from streaming.join_input import FUTURE, LATE
+from streaming.deriving.join_input import FUTURE, LATE
 from streaming.plan import FUTURE_US
 from streaming.records import Bools, Ints
 

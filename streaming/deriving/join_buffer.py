@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from streaming.cells import grown
 from streaming.compile_kernels import kernel
-from streaming.join_input import Events
+from streaming.deriving.join_input import Events
+from streaming.deriving.raw_json import joined, read_only
 from streaming.keys import KeyIndex
 from streaming.memory import address, copy, prefetch
-from streaming.raw_json import joined, read_only
 from streaming.records import Bools, Bytes, Ints
 from streaming.windows import NEVER_US
 

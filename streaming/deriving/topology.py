@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from kafka.errors import KafkaError
 
 from streaming import events
-from streaming.derivation import Derivation
+from streaming.deriving.derivation import Derivation
 from streaming.plan import Plan
 from streaming.topics import ensure_topics
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from streaming.compile_kernels import kernel
 from streaming.decode import RecordError, read_object
-from streaming.derivation import Derivation
 from streaming.derived import Derived
+from streaming.deriving.derivation import Derivation
+from streaming.deriving.transactions import NO_EVENT_US
 from streaming.json_tokens import (
     CLOSE_OBJECT,
     COLON,
@@ -27,7 +28,6 @@ from streaming.json_tokens import (
 )
 from streaming.memory import address, byte
 from streaming.records import Bytes, Ints, RecordBatch, Reject
-from streaming.transactions import NO_EVENT_US
 
 _ZERO = 48
 
