@@ -41,7 +41,7 @@ def main() -> None:
         command += [word for setting in TRAINING for word in ("--set", setting)]
         trained = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True)
         wer = json.loads(trained.stdout.splitlines()[-1])["wer_after"]
-        recordings = requests.utterances(REPOSITORY / CONFIG, environment.data, 64)
+        recordings = requests.utterances(REPOSITORY / CONFIG, environment.data, environment.home, 64)
         with ray_session():
             rates = {size: _serve(size, recordings) for size in (1, BATCH, 1, BATCH)}  # the second turn counts
     write(

@@ -18,13 +18,14 @@ from ray.exceptions import RayTaskError
 from evaluation.assessment import Evaluation, assess
 from evaluation.batch import Split, System, batches
 from evaluation.inference import Candidate, InferenceError, candidates, joined, transcribe
-from evaluation.metrics import metric
+from evaluation.metrics import Metric, metric
+from evaluation.metrics.term_recall import TermRecall
 from evaluation.statistics import Resampling
 from models.registry import BASELINE, Registry
-from models.whisper.config import WhisperConfig
-from models.whisper.data import Splits, Utterance, splits
+from models.whisper.config import RecordingsConfig, WhisperConfig
+from models.whisper.data import splits
+from models.whisper.utterances import Splits, Utterance, write_features
 
-METRICS = ("wer", "cer")
 TASK_CPUS = 0.5
 TASK_UTTERANCES = 512  # enough to repay the seconds in which a process imports torch
 UNKNOWN = "unknown"
@@ -35,7 +36,7 @@ class FeaturesError(ValueError):
     """Features that cannot be read, in one sentence; the split can still be evaluated without slices."""
 
 
-def evaluate(config: WhisperConfig, data: Path | None, repo: Path, tracking_uri: str, cache: Path) -> Evaluation:
+def evaluate(config: WhisperConfig, data: Path | None, repo: Path, tracking_uri: str, home: Path) -> Evaluation:
     """Transcribe the held-out split with champion and baseline, as tasks of the running Ray, and score them.
 
     Features are read while the models transcribe; where that cannot be, the notes say why and there are no slices.
@@ -45,12 +46,13 @@ def evaluate(config: WhisperConfig, data: Path | None, repo: Path, tracking_uri:
         DataError: there is no such data.
         InferenceError: a model cannot transcribe it.
     """
-    chosen = candidates(Registry(tracking_uri), config.registered_name)
-    found = splits(config.data, data)
+    chosen = candidates(Registry(tracking_uri), config.registered_name, config.evaluate.preprocess)
+    found = splits(config.data, data, home)
+    write_features(found, home / "features" / "offline" / "utterance_audio")
     held_out = found.test[: config.evaluate.max_utterances]
-    pending = [_submit(candidate, tracking_uri, cache, held_out) for candidate in chosen]
+    pending = [_submit(candidate, tracking_uri, home / "models", held_out) for candidate in chosen]
     notes = [
-        "Each utterance is resampled alone: intervals cover new utterances of these speakers, not new speakers.",
+        "Whole sentences are resampled, each with all its conditions: intervals cover new sentences, not new speakers.",
         "References and transcripts are compared in lower case.",
     ]
     known: Mapping[str, Mapping[str, Any]] = {}
@@ -66,7 +68,7 @@ def evaluate(config: WhisperConfig, data: Path | None, repo: Path, tracking_uri:
     assessment = assess(
         split(held_out, found, known),
         systems,
-        [metric(name) for name in METRICS],
+        metrics(config, found),
         baseline=BASELINE if len(systems) > 1 else None,
         resampling=Resampling(settings.replicates, settings.seed, settings.level),
     )
@@ -82,8 +84,17 @@ def split(held_out: Sequence[Utterance], found: Splits, features: Mapping[str, M
         hash=found.hash if whole else f"{found.hash}-first-{len(held_out)}",
         ids=[one.id for one in held_out],
         references=[one.text.lower() for one in held_out],
+        groups=[f"{one.speaker}: {one.text}" for one in held_out],
         slices=slices([features.get(one.id, {}) for one in held_out]),
     )
+
+
+def metrics(config: WhisperConfig, found: Splits) -> list[Metric]:
+    """The error rates, and the recall of terms where the domain has some; orders have no transcripts, only terms."""
+    recall: list[Metric] = [TermRecall(found.terms)] if found.terms else []
+    if isinstance(config.data, RecordingsConfig) and config.data.layout == "orders":
+        return recall
+    return [metric("wer"), metric("cer"), *recall]
 
 
 def features(repo: Path, service: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -112,7 +123,10 @@ def features(repo: Path, service: str, ids: Sequence[str]) -> dict[str, dict[str
 
 
 def slices(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Label each sample in each feature: a text by itself, a number by its side of the median, else `unknown`."""
+    """Label each sample in each feature: a text by itself, a number by its side of the median, else `unknown`.
+
+    A feature in which all samples are alike is left out.
+    """
     labels: dict[str, list[str]] = {}
     for name in sorted({name for row in rows for name in row}):
         values = [row.get(name) for row in rows]
@@ -122,7 +136,7 @@ def slices(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
             labels[name] = [UNKNOWN if value is None else _side(value, middle) for value in values]
         else:
             labels[name] = [UNKNOWN if value is None else str(value) for value in values]
-    return labels
+    return {name: column for name, column in labels.items() if len(set(column)) > 1}
 
 
 def _submit(

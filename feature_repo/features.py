@@ -60,6 +60,10 @@ utterance_audio = FeatureView(
         Field(name="duration_s", dtype=Float64),
         Field(name="level_db", dtype=Float64),
         Field(name="speaker", dtype=String),
+        Field(name="subset", dtype=String),
+        Field(name="noise", dtype=String),
+        Field(name="ratio", dtype=String),
+        Field(name="condition", dtype=String),
     ],
-    description="Length, loudness and speaker of a recording.",
+    description="Length, loudness and speaker of a recording, and with which noise it is heard.",
 )

@@ -22,8 +22,8 @@ class Kind:
 
     config: type[BaseModel]
     """What a file is read into; it has a section `train`, a `models.training.config.TrainConfig`."""
-    data: Callable[[Any, Path | None], Any]
-    """The splits, from a configuration and the folder of data sets."""
+    data: Callable[[Any, Path | None, Path], Any]
+    """The splits, from a configuration, the folder of data sets and the home, where what is synthesised is kept."""
     task: Callable[[Any, Any], Task]
     """What is trained, from a configuration and the splits."""
     train: Callable[..., Mapping[str, object]]
@@ -49,7 +49,7 @@ def named(name: str) -> Kind:
 
             return Kind(
                 config=ProbeConfig,
-                data=lambda config, folder: config,
+                data=lambda config, folder, home: config,
                 task=task,
                 train=train,
                 metrics={"accuracy": True},
@@ -64,7 +64,7 @@ def named(name: str) -> Kind:
 
             return Kind(
                 config=SegmentationConfig,
-                data=lambda config, folder: scans(config.data, folder),
+                data=lambda config, folder, home: scans(config.data, folder),
                 task=lambda config, found: SegmentationTask(config, found.train, found.validation),
                 train=lambda *found, **where: train_segmentation(*found, **where).result,
                 metrics={"dice": True, "iou": True},
@@ -79,7 +79,7 @@ def named(name: str) -> Kind:
 
             return Kind(
                 config=WhisperConfig,
-                data=lambda config, folder: splits(config.data, folder),
+                data=lambda config, folder, home: splits(config.data, folder, home),
                 task=lambda config, found: WhisperTask(config, found.train, found.validation),
                 train=train_whisper,
                 metrics={"wer": False, "cer": False},

@@ -32,7 +32,7 @@ from ray.train.v2.api.callback import UserCallback
 from torch import nn
 
 from models.checkpoints import Checkpoint, CheckpointStore
-from models.training import snapshots
+from models.training import bar, snapshots
 from models.training.config import SCHEDULING, TrainConfig
 from models.training.order import Sample, pick
 from models.training.task import Task
@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = "attempts.jsonl"
 FAILURES = "failures.jsonl"
+PROGRESS = "progress.json"
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -106,7 +107,8 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     arguments = _Arguments(ray.put(task), config, folder, config_hash, tracking_uri, run_id)
     store = checkpoints(config, folder, config_hash)
-    with _stopping(store):
+    (folder / PROGRESS).unlink(missing_ok=True)
+    with _stopping(store), bar.shown(folder / PROGRESS, config.steps):
         _in_thread(_trainer(arguments).fit)
     last = store.recover()
     if last is None:
@@ -215,6 +217,7 @@ def _work(loop_config: Mapping[str, _Arguments]) -> None:
         started=started,
         metrics=metrics,
         validated=lambda metrics: ray.train.report(dict(metrics)),
+        progress=lambda line: bar.note(arguments.folder / PROGRESS, line),
     )
     task, config = ray.get(arguments.task), arguments.config
     store = checkpoints(config, arguments.folder, arguments.config_hash)

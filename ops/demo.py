@@ -200,7 +200,7 @@ def _caught_up(layout: Layout, messages: int) -> dict[str, int]:
 
 def _requests(narrator: Narrator, layout: Layout, environment: Environment) -> None:
     users = requests.recent_users(layout.home / "features" / "offline" / "editor_activity", requests.EDITS)
-    waves = requests.utterances(REPOSITORY / WHISPER, environment.data, requests.TRANSCRIPTIONS)
+    waves = requests.utterances(REPOSITORY / WHISPER, environment.data, environment.home, requests.TRANSCRIPTIONS)
     with requests.Client(layout.serve, environment.api_keys) as client:
         client.wait_for("whisper", "edits")
         speech = client.transcribe(waves)

@@ -106,7 +106,7 @@ def recent_users(log: Path, count: int) -> list[str]:
     return list(dict.fromkeys(table["user"].to_pylist()))[:count]
 
 
-def utterances(config: Path, data: Path | None, count: int) -> list[bytes]:
+def utterances(config: Path, data: Path | None, home: Path, count: int) -> list[bytes]:
     """The first utterances of a speech configuration's test split, as WAV files."""
     import soundfile
 
@@ -115,7 +115,7 @@ def utterances(config: Path, data: Path | None, count: int) -> list[bytes]:
 
     settings = load(WhisperConfig, config)
     files = []
-    for utterance in splits(settings.data, data).test[:count]:
+    for utterance in splits(settings.data, data, home).test[:count]:
         file = io.BytesIO()
         soundfile.write(file, utterance.wave, settings.data.sample_rate_hz, format="WAV")
         files.append(file.getvalue())

@@ -51,7 +51,7 @@ def main() -> dict[str, object]:
     step = arguments.at_step or config.train.steps // 2 + config.train.checkpoint_every // 2
     if not config.train.checkpoint_every < step < config.train.steps:
         raise JobError(f"The fault at step {step} must come after the first checkpoint and before the last step.")
-    task = kind.task(config, kind.data(config, environment.data))
+    task = kind.task(config, kind.data(config, environment.data, environment.home))
     faults: list[Fault] = arguments.fault or [fault for fault in get_args(Fault) if fault != "node"]
     found: list[Cost] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:

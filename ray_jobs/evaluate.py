@@ -79,7 +79,7 @@ def _speech(arguments: argparse.Namespace, environment: Environment) -> tuple[Ev
     config = load(WhisperConfig, arguments.config, arguments.overrides)
     with ray_session():
         evaluation = speech.evaluate(
-            config, environment.data, arguments.repo, environment.tracking_uri, environment.home / "models"
+            config, environment.data, arguments.repo, environment.tracking_uri, environment.home
         )
     return evaluation, runs.flatten(config.model_dump())
 

@@ -33,7 +33,7 @@ def main() -> dict[str, object]:
     champion = registry.resolve(name, CHAMPION)
     if champion.version == candidate.version:
         raise JobError(f"{name}@{arguments.candidate} is the champion already, version {champion.version}.")
-    found = kind.data(config, environment.data)
+    found = kind.data(config, environment.data, environment.home)
     _same_split([candidate, champion], kind.split_hash(found))
     cache = environment.home / "models"
     scores = [kind.scores(found, registry.download(version, cache)) for version in (candidate, champion)]

@@ -27,12 +27,11 @@ def main() -> dict[str, object]:
     search = load(SearchConfig, arguments.search) if arguments.search else None
     configs: dict[str, Any] = {path.stem: load(kind.config, path, arguments.overrides) for path in paths}
     first = next(iter(configs.values()))
-    found = kind.task(first, kind.data(first, environment.data))
-    curve = f"validation_{found.primary}"
-    trial = _Trial(task, environment, curve, found.higher_is_better, arguments.name)
     overrides: dict[str, Sequence[str]] = {path.stem: list(arguments.overrides) for path in paths}
     MlflowClient(environment.tracking_uri).search_experiments(max_results=1)  # makes the database before there are many
     with ray_session():
+        found = kind.task(first, kind.data(first, environment.data, environment.home))
+        trial = _Trial(task, environment, f"validation_{found.primary}", found.higher_is_better, arguments.name)
         room = _room([config.train for config in configs.values()])
         if search is not None:
             for path in paths:
@@ -61,7 +60,7 @@ class _Trial:
         own = [*overrides, f"train.seed={seed}", f"train.name={self._name}-{path.stem}{suffix}-{seed}"]
         try:
             config = load(kind.config, path, own)
-            found = kind.data(config, self._environment.data)
+            found = kind.data(config, self._environment.data, self._environment.home)
             home, uri = self._environment.home, self._environment.tracking_uri
             result = dict(kind.train(config, found, home=home, tracking_uri=uri))
         except Exception as error:

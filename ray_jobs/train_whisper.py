@@ -1,8 +1,9 @@
-"""Fine-tune a small Whisper on spoken digits with Ray Train and register it: `train_whisper.py --config FILE`."""
+"""Fine-tune a Whisper on digits or dictation with Ray Train and register it: `train_whisper.py --config FILE`."""
 
-from models.whisper import data
 from models.whisper.config import WhisperConfig
+from models.whisper.data import splits
 from models.whisper.train import train
+from models.whisper.utterances import write_features
 from ops.configuration import load
 from ops.environment import Environment
 from ops.jobs import parser, ray_session, run
@@ -14,9 +15,9 @@ def main() -> dict[str, object]:
     environment = Environment.read()
     environment.export()
     config = load(WhisperConfig, arguments.config, arguments.overrides)
-    found = data.splits(config.data, environment.data)
-    data.write_features(found, environment.home / "features" / "offline" / "utterance_audio")
     with ray_session():
+        found = splits(config.data, environment.data, environment.home)
+        write_features(found, environment.home / "features" / "offline" / "utterance_audio")
         return train(config, found, home=environment.home, tracking_uri=environment.tracking_uri)
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.trainer import TrainConfig
+from models.training.config import TrainConfig
 
 
 class _Section(BaseModel):

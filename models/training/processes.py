@@ -89,7 +89,8 @@ def _train(rank: int, meeting: str, task: Task, config: TrainConfig, store: Chec
     def started(step: int) -> None:
         told.started = step
 
-    Worker(task, config, store, torch.device("cpu"), Listener(started, metrics, told.validations.append)).train()
+    listener = Listener(started, metrics, told.validations.append, progress=lambda line: None)
+    Worker(task, config, store, torch.device("cpu"), listener).train()
     dist.barrier()
     dist.destroy_process_group()
     return told

@@ -46,6 +46,8 @@ class Listener:
     """Called on rank 0 with metrics and the step."""
     validated: Callable[[Mapping[str, float]], None]
     """Called on every rank after each validation, with the step among the metrics."""
+    progress: Callable[[Mapping[str, object]], None]
+    """Called on rank 0 with every line of progress that is logged."""
 
 
 @dataclass
@@ -112,7 +114,9 @@ class Worker:
             if place.step == config.steps:
                 place.ended = "steps"
             if self._rank == 0 and (place.ended or place.step % config.log_every == 0):
-                self._tell(progress.line(place.step, loss), {"train_loss": loss})
+                line = progress.line(place.step, loss)
+                self._tell(line, {"train_loss": loss})
+                self._listener.progress(line)
             validated = bool(place.ended) or place.step % config.validate_every == 0
             if validated:
                 self._validate()

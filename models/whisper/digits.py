@@ -4,47 +4,27 @@ Single digits form three pools, split by the index of the recording or by the sp
 sequences drawn once from their pools by the seed; training draws new sequences in every epoch.
 """
 
-import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from models.whisper.audio import AudioError, decode, resample
-from models.whisper.config import DataConfig
+from models.whisper.config import DigitsConfig
 from models.whisper.speech import SAMPLE_RATE_HZ, Spoken, synthesise
+from models.whisper.utterances import DataError, Splits, Utterance, content_hash
 
 logger = logging.getLogger(__name__)
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-RECORDED_AT = datetime(2000, 1, 1, tzinfo=UTC)
 _NAME = re.compile(r"(\d)_([^_]+)_(\d+)\.wav")
 _HELD_OUT = 0.1
-
-
-class DataError(ValueError):
-    """Data that is missing or can't be split, in one sentence."""
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """Speech of one person: samples float32[N], and what is said."""
-
-    id: str
-    wave: NDArray[np.float32]
-    text: str
-    speaker: str
-    sample_rate_hz: int
 
 
 @dataclass(frozen=True)
@@ -57,22 +37,7 @@ class Digit:
     index: int
 
 
-@dataclass(frozen=True)
-class Splits:
-    """Train is the pool of single digits, in sequences by `Sequences`; the other two are sequences.
-
-    `hash` identifies the test split by what it holds: two results with the same hash can be compared.
-    """
-
-    train: tuple[Utterance, ...]
-    validation: tuple[Utterance, ...]
-    test: tuple[Utterance, ...]
-    source: str
-    hash: str
-    skipped: int
-
-
-def splits(config: DataConfig, data: Path | None) -> Splits:
+def splits(config: DigitsConfig, data: Path | None) -> Splits:
     """Load or synthesise the digits and split them.
 
     Args:
@@ -94,13 +59,15 @@ def splits(config: DataConfig, data: Path | None) -> Splits:
     for digit in digits:
         group = _group(config, digit)
         pools["test" if group in test else "validation" if group in validation else "train"].append(digit)
+    if folder and config.add_synthetic:
+        pools["train"] += _synthesise(config)
     tested = _held_out(pools["test"], config, "test", config.test_utterances)
     return Splits(
-        train=tuple(_single(digit, config) for digit in pools["train"]),
+        train=Sequences([_single(digit, config) for digit in pools["train"]], config),
         validation=_held_out(pools["validation"], config, "validation", config.validation_utterances),
         test=tested,
         source=source,
-        hash=_hash(tested),
+        hash=content_hash(tested),
         skipped=skipped,
     )
 
@@ -112,23 +79,27 @@ class Sequences:
     would be longer than `config.max_seconds`.
     """
 
-    def __init__(self, pool: Sequence[Utterance], config: DataConfig) -> None:
-        self._pool = pool
+    def __init__(self, utterances: Sequence[Utterance], config: DigitsConfig) -> None:
+        self.utterances = utterances
         self._config = config
 
     @cached_property
     def _by_speaker(self) -> Mapping[str, Sequence[Utterance]]:
         speakers: dict[str, list[Utterance]] = {}
-        for digit in self._pool:
+        for digit in self.utterances:
             speakers.setdefault(digit.speaker, []).append(digit)
         return dict(sorted(speakers.items()))
 
-    def draw(self, rng: np.random.Generator, most: int | None = None) -> Utterance:
-        """Concatenate digits as the generator says, at most `most` of them; the id is empty."""
+    def draw(self, rng: np.random.Generator, epoch: int) -> Utterance:
+        """Concatenate digits as the generator says; the id is empty.
+
+        The first epoch has single digits, and each one after it a digit more, up to the configured length: a network
+        that first learns what a digit sounds like learns much sooner where in a sequence to listen.
+        """
         speaker = str(rng.choice(list(self._by_speaker)))
         pool = self._by_speaker[speaker]
         fewest, longest = self._config.digits
-        longest = min(longest, most or longest)
+        longest = min(longest, 1 + epoch)
         rate_hz = self._config.sample_rate_hz
         room = self._config.max_seconds * rate_hz
         pieces: list[NDArray[np.float32]] = [self._silence(rng)]
@@ -145,37 +116,7 @@ class Sequences:
         return np.zeros(round(rng.uniform(*self._config.gap_s) * self._config.sample_rate_hz), np.float32)
 
 
-def utterance_features(utterances: Sequence[Utterance]) -> pa.Table:
-    """The rows of the feature view `utterance_audio`: duration in seconds, level in dB of full scale, speaker.
-
-    Recordings have no time of their own, so all have the same event timestamp, in the past.
-    """
-    now = datetime.now(UTC)
-    rms = [float(np.sqrt(np.mean(np.square(one.wave, dtype=np.float64)))) for one in utterances]
-    stamp = pa.timestamp("us", tz="UTC")
-    return pa.table(
-        {
-            "utterance_id": pa.array([one.id for one in utterances], pa.string()),
-            "duration_s": pa.array([len(one.wave) / one.sample_rate_hz for one in utterances], pa.float64()),
-            "level_db": pa.array([20 * np.log10(max(level, 1e-9)) for level in rms], pa.float64()),
-            "speaker": pa.array([one.speaker for one in utterances], pa.string()),
-            "event_timestamp": pa.array([RECORDED_AT] * len(utterances), stamp),
-            "created_timestamp": pa.array([now] * len(utterances), stamp),
-        }
-    )
-
-
-def write_features(held_out: Splits, folder: Path) -> Path:
-    """Write the test split's features as one Parquet file named by the split's hash, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{held_out.hash}.parquet"
-    partial = folder / f".{held_out.hash}.{os.getpid()}.partial"
-    pq.write_table(utterance_features(held_out.test), partial)
-    os.replace(partial, path)
-    return path
-
-
-def _recordings(config: DataConfig, data: Path | None) -> Path | None:
+def _recordings(config: DigitsConfig, data: Path | None) -> Path | None:
     """The folder of recordings, or None for synthetic speech."""
     if config.source == "synthetic":
         return None
@@ -209,7 +150,7 @@ def _read(folder: Path, sample_rate_hz: int) -> tuple[list[Digit], int]:
     return digits, skipped
 
 
-def _synthesise(config: DataConfig) -> list[Digit]:
+def _synthesise(config: DigitsConfig) -> list[Digit]:
     kinds = [
         (Spoken(word, voice, rate_wpm, pitch=35 + 5 * (index % 7)), index)
         for voice in config.voices
@@ -223,25 +164,17 @@ def _synthesise(config: DataConfig) -> list[Digit]:
     ]
 
 
-def _group(config: DataConfig, digit: Digit) -> tuple[int, str]:
+def _group(config: DigitsConfig, digit: Digit) -> tuple[int, str]:
     return (digit.index, "") if config.split == "recording" else (0, digit.speaker)
 
 
-def _single(digit: Digit, config: DataConfig) -> Utterance:
+def _single(digit: Digit, config: DigitsConfig) -> Utterance:
     name = f"{digit.word}-{digit.speaker}-{digit.index}"
     return Utterance(name, digit.wave, digit.word, digit.speaker, config.sample_rate_hz)
 
 
-def _held_out(pool: Sequence[Digit], config: DataConfig, part: str, count: int) -> tuple[Utterance, ...]:
+def _held_out(pool: Sequence[Digit], config: DigitsConfig, part: str, count: int) -> tuple[Utterance, ...]:
     sequences = Sequences([_single(digit, config) for digit in pool], config)
     rng = np.random.default_rng([config.seed, len(part), count])
-    drawn = (sequences.draw(rng) for _ in range(count))
-    return tuple(replace(one, id=f"{part}-{number:04d}-{_hash((one,))[:8]}") for number, one in enumerate(drawn))
-
-
-def _hash(utterances: Sequence[Utterance]) -> str:
-    total = hashlib.sha256()
-    for one in utterances:
-        total.update(f"{one.id}\0{one.speaker}\0{one.text}\0{len(one.wave)}\0".encode())
-        total.update(np.ascontiguousarray(one.wave, "<f4").tobytes())
-    return total.hexdigest()[:16]
+    drawn = (sequences.draw(rng, config.digits[1]) for _ in range(count))
+    return tuple(replace(one, id=f"{part}-{number:04d}-{content_hash((one,))[:8]}") for number, one in enumerate(drawn))

@@ -24,7 +24,6 @@ from transformers import (
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 CHARACTERS = "'abcdefghijklmnopqrstuvwxyz"
-VOCABULARY = 256
 WINDOW_S = 0.032
 
 
@@ -32,11 +31,11 @@ class NetworkError(ValueError):
     """A base model that can't be loaded or doesn't fit, in one sentence."""
 
 
-def tokenizer(base: str | Path | None, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
+def tokenizer(base: str | Path | None, texts: Iterable[str] = (), vocabulary: int = 256) -> PreTrainedTokenizerBase:
     """The base's own tokenizer, or byte-pair encoding (Sennrich et al., 2016) learnt from texts.
 
-    Words that the texts hold become one token each, as far as `VOCABULARY` goes; other words are spelt with smaller
-    ones, down to the `CHARACTERS`, and what those lack is `<unk>`.
+    Words that the texts hold become one token each, as far as the size of the vocabulary goes; other words are spelt
+    with smaller ones, down to the `CHARACTERS`, and what those lack is `<unk>`.
     """
     if base is not None:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(str(base)))
@@ -44,7 +43,7 @@ def tokenizer(base: str | Path | None, texts: Iterable[str] = ()) -> PreTrainedT
     pairs.pre_tokenizer = pre_tokenizers.Metaspace()
     pairs.decoder = decoders.Metaspace()
     learning = BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[PAD, BOS, EOS, UNKNOWN],
         initial_alphabet=list(CHARACTERS),
         show_progress=False,
@@ -160,6 +159,29 @@ def labels(tokens: PreTrainedTokenizerBase, texts: list[str], start_token: int) 
     rows = [row if row[-1:] == [tokens.eos_token_id] else [*row, tokens.eos_token_id] for row in rows]
     longest = max(map(len, rows))
     return torch.tensor([row + [-100] * (longest - len(row)) for row in rows], dtype=torch.int64)
+
+
+def ctc_loss(
+    network: nn.Module, heard_BSD: torch.Tensor, labels_BT: torch.Tensor, tokens: PreTrainedTokenizerBase
+) -> torch.Tensor:
+    """Sum over utterances of the loss of hearing the tokens in the encoder's output (Graves et al., 2006).
+
+    Beside the decoder's loss as in Watanabe et al. (2017), but without parameters of its own: a position's tokens are
+    judged by the decoder's embedding, with padding as the blank.
+    """
+    plain = getattr(network, "module", network)
+    plain = plain.get_base_model() if isinstance(plain, PeftModel) else plain
+    logs_SBV = (heard_BSD @ cast(Any, plain).get_output_embeddings().weight.T).log_softmax(dim=-1).transpose(0, 1)
+    said_BT = (labels_BT != -100) & (labels_BT != tokens.eos_token_id)
+    return torch.nn.functional.ctc_loss(
+        logs_SBV.float(),
+        labels_BT[said_BT],
+        input_lengths=torch.full((len(labels_BT),), len(logs_SBV)),
+        target_lengths=said_BT.sum(dim=1),
+        blank=int(cast(int, tokens.pad_token_id)),
+        reduction="sum",
+        zero_infinity=True,
+    )
 
 
 def start_token(base: str | Path) -> int:

@@ -1,6 +1,7 @@
 """A trained Whisper in a folder: load it and transcribe."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,19 +9,53 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
 
 from models.predictor import DESCRIPTION, describe
+from models.registry import ModelVersion, Registry, RegistryError
+from models.whisper import alignment
 from models.whisper import network as networks
 from models.whisper.audio import AudioError
+from models.whisper.preprocess import PreprocessConfig, prepare
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word and when it was said, in seconds; confidence in [0, 1] is the mean probability of its tokens."""
+
+    text: str
+    start_s: float
+    end_s: float
+    confidence: float
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """What was said; confidence in [0, 1] is the mean probability of the tokens, the end of the text included."""
+    """What was said; confidence in [0, 1] is the mean probability of the tokens, the end of the text included.
+
+    `words`, where they were asked for, are in order, none begins before the one before it ends, and all lie within
+    the audio. Words are what spaces separate, so a language without spaces has one a text.
+    """
 
     text: str
+    confidence: float
+    words: tuple[Word, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Generated:
+    """The token ids int64[T] of one utterance up to its end token, which is left out, and what was thought of them.
+
+    The text begins at `first`, after the prompt; `probabilities` are those of the text's tokens.
+    """
+
+    ids: torch.Tensor
+    first: int
+    probabilities: NDArray[np.float32]
     confidence: float
 
 
@@ -35,16 +70,20 @@ class WhisperPredictor:
         tokens: PreTrainedTokenizerBase,
         features: WhisperFeatureExtractor,
         device: str = "cpu",
+        preprocess: PreprocessConfig | None = None,
     ) -> None:
         self._network = cast(Any, network).to(device).eval()
         self._tokens = tokens
         self._features = features
         self._device = device
+        self.preprocess = preprocess or PreprocessConfig()
         self.sample_rate_hz = int(features.sampling_rate)
         self.max_seconds = float(features.chunk_length)
 
-    def transcribe(self, waves: Sequence[NDArray[np.float32]]) -> list[Transcript]:
-        """Transcribe mono float32[N] samples at `sample_rate_hz`, in order.
+    def transcribe(self, waves: Sequence[NDArray[np.float32]], *, timestamps: bool = False) -> list[Transcript]:
+        """Transcribe mono float32[N] samples at `sample_rate_hz`, in order; with `timestamps` also say when.
+
+        With `timestamps` the waves are not trimmed, so that times count from their beginning.
 
         Raises:
             AudioError: one is empty or longer than `max_seconds`.
@@ -53,10 +92,21 @@ class WhisperPredictor:
             return []
         for wave in waves:
             self._check(wave)
+        steps = self.preprocess.model_copy(update={"trim": False}) if timestamps else self.preprocess
+        heard = [prepare(wave, self.sample_rate_hz, steps) for wave in waves]
         mel_BFT = self._features(
-            list(waves), sampling_rate=self.sample_rate_hz, return_tensors="pt", device=self._device
+            heard, sampling_rate=self.sample_rate_hz, return_tensors="pt", device=self._device
         ).input_features.to(self._device)
-        return [Transcript(text, confidence) for text, confidence in self._generate(mel_BFT)]
+        with torch.no_grad():
+            encoded = self._network.get_encoder()(mel_BFT)
+        made = self._generate(encoded)
+        texts = self._tokens.batch_decode([one.ids.tolist() for one in made], skip_special_tokens=True)
+        words: list[tuple[Word, ...]] = [()] * len(made)
+        if timestamps:
+            words = [self._words(*one) for one in zip(made, encoded["last_hidden_state"], waves, strict=True)]
+        return [
+            Transcript(text.strip(), one.confidence, said) for text, one, said in zip(texts, made, words, strict=True)
+        ]
 
     def save(self, folder: Path) -> None:
         """Write everything that `load` needs."""
@@ -64,19 +114,48 @@ class WhisperPredictor:
         self._network.save_pretrained(folder)
         self._tokens.save_pretrained(folder)
         self._features.save_pretrained(folder)
-        description = {"task": self.task, "sample_rate_hz": self.sample_rate_hz, "max_seconds": self.max_seconds}
+        description = {
+            "task": self.task,
+            "sample_rate_hz": self.sample_rate_hz,
+            "max_seconds": self.max_seconds,
+            "preprocess": self.preprocess.model_dump(),
+        }
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
 
-    def _generate(self, mel_BFT: torch.Tensor) -> list[tuple[str, float]]:
+    def _generate(self, encoded: BaseModelOutput) -> list[_Generated]:
         with torch.no_grad():
-            made = self._network.generate(mel_BFT, return_dict_in_generate=True, output_scores=True)
+            made = self._network.generate(encoder_outputs=encoded, return_dict_in_generate=True, output_scores=True)
             logs_BT = self._network.compute_transition_scores(made["sequences"], made["scores"], normalize_logits=True)
-        made_BT = made["sequences"][:, -logs_BT.shape[1] :]
-        ended_BT = (made_BT == self._tokens.eos_token_id).cumsum(dim=1) - (made_BT == self._tokens.eos_token_id).long()
-        real_BT = (ended_BT == 0).float()
-        confidence_B = (logs_BT.exp() * real_BT).nan_to_num(0.0).sum(dim=1) / real_BT.sum(dim=1)
-        texts = self._tokens.batch_decode(made["sequences"], skip_special_tokens=True)
-        return [(text.strip(), float(confidence)) for text, confidence in zip(texts, confidence_B, strict=True)]
+        first = made["sequences"].shape[1] - logs_BT.shape[1]
+        is_end_BT = made["sequences"][:, first:] == self._tokens.eos_token_id
+        real_BT = (is_end_BT.cumsum(dim=1) - is_end_BT.long() == 0).float()
+        probability_BT = (logs_BT.exp() * real_BT).nan_to_num(0.0)
+        confidence_B = probability_BT.sum(dim=1) / real_BT.sum(dim=1)
+        lengths = (is_end_BT.cumsum(dim=1) == 0).sum(dim=1).tolist()
+        return [
+            _Generated(ids_T[: first + length], first, probability_T[:length].cpu().numpy(), float(confidence))
+            for ids_T, length, probability_T, confidence in zip(
+                made["sequences"], lengths, probability_BT, confidence_B, strict=True
+            )
+        ]
+
+    def _words(self, made: _Generated, encoded_SD: torch.Tensor, wave: NDArray[np.float32]) -> tuple[Word, ...]:
+        texts = alignment.words(self._tokens, made.ids[made.first :].tolist())
+        if not texts:
+            return ()
+        weight_HTS = alignment.attention(self._network, encoded_SD[None], made.ids)[:, made.first - 1 :]
+        samples = 2 * self._features.hop_length  # the encoder makes one position of two frames
+        spans_T2 = alignment.spans(weight_HTS[..., : math.ceil(len(wave) / samples)])
+        times_T2 = np.minimum(spans_T2 * samples, len(wave)) / self.sample_rate_hz
+        return tuple(
+            Word(
+                text,
+                start_s=float(times_T2[tokens, 0][0]),
+                end_s=float(times_T2[tokens, 1][-1]),
+                confidence=float(made.probabilities[tokens].mean()),
+            )
+            for text, tokens in texts
+        )
 
     def _check(self, wave: NDArray[np.float32]) -> None:
         seconds = len(wave) / self.sample_rate_hz
@@ -93,7 +172,30 @@ def load(folder: Path, device: str = "cpu") -> WhisperPredictor:
         PredictorError: the folder holds no model.
         NetworkError: its files are no Whisper.
     """
-    describe(folder)
-    return WhisperPredictor(
-        networks.load(folder), networks.tokenizer(folder), networks.extractor(folder, 0, 0, 0, 0.0), device
-    )
+    preprocess = PreprocessConfig.model_validate(describe(folder).get("preprocess", {}))
+    network, tokens = networks.load(folder), networks.tokenizer(folder)
+    return WhisperPredictor(network, tokens, networks.extractor(folder, 0, 0, 0, 0.0), device, preprocess)
+
+
+def find(model: str, registered_name: str, tracking_uri: str, cache: Path) -> WhisperPredictor:
+    """Load a model's folder, or a version of the registered name by its number or by an alias.
+
+    Raises:
+        RegistryError: there is no such folder, version or alias.
+        PredictorError: the folder holds no model.
+        NetworkError: its files are no Whisper.
+    """
+    if Path(model).is_dir():
+        return load(Path(model))
+    registry = Registry(tracking_uri)
+    numbered = model.isdecimal()
+    version = _numbered(registered_name, model, tracking_uri) if numbered else registry.resolve(registered_name, model)
+    return load(registry.download(version, cache))
+
+
+def _numbered(name: str, number: str, tracking_uri: str) -> ModelVersion:
+    try:
+        found = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri).get_model_version(name, number)
+    except MlflowException:
+        raise RegistryError(f"{name} version {number} is not registered; give another version, or an alias.") from None
+    return ModelVersion(found.name, int(found.version), str(found.run_id), found.tags, str(found.source))

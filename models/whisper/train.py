@@ -1,4 +1,4 @@
-"""Fine-tunes a Whisper on spoken digits, measures what it gained on the test split, and registers it."""
+"""Fine-tunes a Whisper, measures what it gained on the test split, and registers it."""
 
 import hashlib
 import json
@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
@@ -21,22 +19,25 @@ from models.registry import BASELINE, ModelVersion, Registry
 from models.runs import Run, claimed, flatten, opened
 from models.whisper import network as networks
 from models.whisper import predict
-from models.whisper.audio import resample
-from models.whisper.config import AugmentConfig, WhisperConfig
-from models.whisper.data import Sequences, Splits, Utterance
+from models.whisper.augment import disturb, mask
+from models.whisper.config import WhisperConfig
 from models.whisper.predict import WhisperPredictor
+from models.whisper.preprocess import prepare
+from models.whisper.scores import by_subset, each_errors, errors, rates_of, sums
+from models.whisper.utterances import Pool, Splits, Utterance
 
 logger = logging.getLogger(__name__)
 
-BATCH = 32
+REGISTERED = "models:/"
+"""Before NAME@ALIAS: a base that is in the registry."""
 
 
 @dataclass(frozen=True)
 class WhisperTask:
-    """What `models.trainer` trains: sequences drawn anew from the pool of digits, validated by WER."""
+    """What `models.trainer` trains: utterances drawn anew from a pool, validated by WER."""
 
     config: WhisperConfig
-    pool: tuple[Utterance, ...]
+    pool: Pool
     validation: tuple[Utterance, ...]
 
     primary = "wer"
@@ -50,7 +51,8 @@ class WhisperTask:
     @cached_property
     def tokens(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the base, or one learnt from the pool's transcripts."""
-        return networks.tokenizer(self.config.network.base, {one.text for one in self.pool})
+        network = self.config.network
+        return networks.tokenizer(network.base, {one.text for one in self.pool.utterances}, network.vocabulary)
 
     @cached_property
     def features(self) -> WhisperFeatureExtractor:
@@ -86,24 +88,35 @@ class WhisperTask:
         return networks.adapt(network, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
 
     def batch(self, samples: Sequence[trainer.Sample]) -> Mapping[str, Tensor]:
-        """`input_features` float32[B, mel, frames] and `labels` int64[B, T], padded with -100.
-
-        The first epoch has single digits, and each one after it a digit more, up to the configured length: a network
-        that first learns what a digit sounds like learns much sooner where in a sequence to listen.
-        """
+        """`input_features` float32[B, mel, frames] and `labels` int64[B, T], padded with -100."""
         generators = [np.random.default_rng([self.config.train.seed, *sample]) for sample in samples]
-        drawn = [self._sequences.draw(rng, 1 + epoch) for rng, (epoch, _) in zip(generators, samples, strict=True)]
-        rate_hz, augment = self.config.data.sample_rate_hz, self.config.augment
+        drawn = [self.pool.draw(rng, epoch) for rng, (epoch, _) in zip(generators, samples, strict=True)]
+        rate_hz = self.config.data.sample_rate_hz
         longest = self.config.data.max_seconds * rate_hz
-        waves = [disturb(one.wave, augment, rng)[:longest] for one, rng in zip(drawn, generators, strict=True)]
-        mel_BFT = self.features(waves, sampling_rate=rate_hz, return_tensors="pt").input_features
+        waves = [
+            prepare(disturb(one.wave, self.config.augment, rng)[:longest], rate_hz, self.config.preprocess)
+            for one, rng in zip(drawn, generators, strict=True)
+        ]
+        mel_BFT = self.features(waves, sampling_rate=rate_hz, return_tensors="np").input_features
+        masked = [
+            mask(mel_FT, len(wave) // self.features.hop_length, self.config.augment, rng)
+            for mel_FT, wave, rng in zip(mel_BFT, waves, generators, strict=True)
+        ]
         texts = [one.text for one in drawn]
-        return {"input_features": mel_BFT, "labels": networks.labels(self.tokens, texts, self._start_token)}
+        return {
+            "input_features": torch.from_numpy(np.stack(masked)),
+            "labels": networks.labels(self.tokens, texts, self._start_token),
+        }
 
     def loss(self, network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         """The sum of the tokens' cross-entropies, and how many tokens there are."""
         count = int((batch["labels"] != -100).sum())
-        return network(**batch).loss * count, count
+        output = network(**batch)
+        if not self.config.network.ctc:
+            return output.loss * count, count
+        share, heard_BSD = self.config.network.ctc, output.encoder_last_hidden_state
+        of_encoder = networks.ctc_loss(network, heard_BSD, batch["labels"], self.tokens)
+        return (1 - share) * output.loss * count + share * of_encoder, count
 
     def validate(self, network: nn.Module, rank: int, world_size: int) -> Mapping[str, tuple[float, float]]:
         """WER and CER of one rank's share of the validation split, as edits and length."""
@@ -113,11 +126,7 @@ class WhisperTask:
         """The network as it is used after training."""
         plain = network if isinstance(network, WhisperForConditionalGeneration) else network.get_base_model()  # type: ignore[operator]
         device = str(next(network.parameters()).device)
-        return WhisperPredictor(plain, self.tokens, self.features, device)
-
-    @cached_property
-    def _sequences(self) -> Sequences:
-        return Sequences(self.pool, self.config.data)
+        return WhisperPredictor(plain, self.tokens, self.features, device, self.config.preprocess)
 
     @cached_property
     def _start_token(self) -> int:
@@ -125,33 +134,10 @@ class WhisperTask:
         return int(networks.start_token(base) if base is not None else self.tokens.bos_token_id)
 
 
-def disturb(wave: NDArray[np.float32], augment: AugmentConfig, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Change the speed (and with it the pitch) of float32[N] samples and add white noise, as the generator says."""
-    factor = 1 + rng.uniform(-augment.speed, augment.speed)
-    places = np.arange(0, len(wave) - 1, factor)
-    faster = np.interp(places, np.arange(len(wave)), wave)
-    level = float(np.sqrt(np.mean(np.square(faster)))) * 10 ** ((augment.noise_db - rng.uniform(0, 30)) / 20)
-    return np.asarray(faster + rng.normal(0, level, len(faster)), np.float32)
-
-
-def errors(predictor: WhisperPredictor, utterances: Sequence[Utterance]) -> dict[str, tuple[float, float]]:
-    """Edits and lengths, in words as `wer` and in characters as `cer`, summed over all utterances."""
-    wer, cer = np.zeros(2), np.zeros(2)
-    for first in range(0, len(utterances), BATCH):
-        part = utterances[first : first + BATCH]
-        waves = [resample(one.wave, one.sample_rate_hz, predictor.sample_rate_hz) for one in part]
-        for one, transcript in zip(part, predictor.transcribe(waves), strict=True):
-            words = one.text.split()
-            wer += Levenshtein.distance(words, transcript.text.lower().split()), len(words)
-            cer += Levenshtein.distance(one.text, transcript.text.lower()), len(one.text)
-    return {"wer": (float(wer[0]), float(wer[1])), "cer": (float(cer[0]), float(cer[1]))}
-
-
 def sample_errors(found: Splits, folder: Path) -> dict[str, list[tuple[float, float]]]:
     """Edits and lengths of each utterance of the test split, by the model in a folder."""
-    predictor = predict.load(folder)
-    each = [errors(predictor, [one]) for one in found.test]
-    return {name: [sums[name] for sums in each] for name in ("wer", "cer")}
+    each = each_errors(predict.load(folder), found.test)
+    return {name: [one[name] for one in each] for name in ("wer", "cer")}
 
 
 def train(config: WhisperConfig, found: Splits, *, home: Path, tracking_uri: str) -> dict[str, object]:
@@ -161,20 +147,23 @@ def train(config: WhisperConfig, found: Splits, *, home: Path, tracking_uri: str
 
     Raises:
         RunError: the name is in use or belongs to another configuration.
+        RegistryError: the base is not registered.
         NetworkError: the base model can't be loaded or doesn't fit the data.
     """
+    registry = Registry(tracking_uri)
+    pinned, config = _resolved(config, registry, home / "models")
+    config_hash = _fingerprint(pinned, found)
     task = WhisperTask(config, found.train, found.validation)
-    config_hash = _fingerprint(config, found)
     name = config.train.name or f"{config.registered_name}-{config_hash[:10]}"
     with (
         claimed(home / "training", name, config_hash) as claim,
         opened(tracking_uri, config.registered_name, claim.name, claim.run_id) as run,
     ):
         claim.remember(run.id, finished=False)
-        run.log_params(_parameters(config, found))
+        run.log_params(_parameters(pinned, found))
         torch.manual_seed(config.train.seed)
         baseline = task.predictor(networks.merged(task.build()))
-        before = _rates(errors(baseline, found.test))
+        before = rates_of(errors(baseline, found.test))
         logger.info(json.dumps({"event": "before training", "run": claim.name, **before}))
         fitted = trainer.fit(
             WhisperTask(config, found.train, found.validation),
@@ -187,10 +176,10 @@ def train(config: WhisperConfig, found: Splits, *, home: Path, tracking_uri: str
         trained = task.build()
         trainer.load_weights(trained, fitted.weights)
         predictor = task.predictor(networks.merged(trained))
-        after = _rates(errors(predictor, found.test))
+        each = each_errors(predictor, found.test)
+        after = rates_of(sums(each))
         rates = {f"before_{key}": value for key, value in before.items()} | after
         run.log_metrics({f"test_{key}": value for key, value in rates.items()}, fitted.steps)
-        registry = Registry(tracking_uri)
         _register_baseline(registry, config.registered_name, baseline, run, found, before)
         version, alias = _register(registry, config.registered_name, predictor, run, found, after, home / "models")
         claim.remember(run.id, finished=True)
@@ -198,6 +187,7 @@ def train(config: WhisperConfig, found: Splits, *, home: Path, tracking_uri: str
         "wer_before": before["wer"],
         "wer_after": after["wer"],
         "cer_after": after["cer"],
+        "wer_by": by_subset(found.test, each),
         "steps": fitted.steps,
         "best_step": fitted.best_step,
         "seconds": round(fitted.seconds, 1),
@@ -225,7 +215,7 @@ def _register(
     version = _upload(registry, name, predictor, "model", run, found, rates)
 
     def measure(champion: ModelVersion) -> float:
-        return _rates(errors(predict.load(registry.download(champion, cache)), found.test))["wer"]
+        return rates_of(errors(predict.load(registry.download(champion, cache)), found.test))["wer"]
 
     return version, registry.enter(version, "wer", rates["wer"], higher_is_better=False, measure=measure)
 
@@ -256,8 +246,17 @@ def _upload(
         return registry.register(name, folder, run_id=run.id, tags=tags)
 
 
-def _rates(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    return {name: edits / length for name, (edits, length) in sums.items()}
+def _resolved(config: WhisperConfig, registry: Registry, cache: Path) -> tuple[WhisperConfig, WhisperConfig]:
+    """The configuration with the version of a registered base in place of its alias, and with the base's folder."""
+    base = config.network.base
+    if base is None or not base.startswith(REGISTERED):
+        return config, config
+    name, _, alias = base.removeprefix(REGISTERED).partition("@")
+    version = registry.resolve(name, alias)
+    places = (f"{REGISTERED}{name}/{version.version}", str(registry.download(version, cache)))
+    networks_of = (config.network.model_copy(update={"base": place}) for place in places)
+    pinned, local = (config.model_copy(update={"network": network}) for network in networks_of)
+    return pinned, local
 
 
 def _fingerprint(config: WhisperConfig, found: Splits) -> str:
@@ -266,14 +265,14 @@ def _fingerprint(config: WhisperConfig, found: Splits) -> str:
         mode="json", exclude={"evaluate": True, "registered_name": True, "train": set(trainer.SCHEDULING)}
     )
     total = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode())
-    for one in (*found.train, *found.validation, *found.test):
+    for one in (*found.train.utterances, *found.validation, *found.test):
         total.update(f"{one.id}\0{one.text}\0".encode())
         total.update(np.ascontiguousarray(one.wave).tobytes())
     return total.hexdigest()
 
 
 def _parameters(config: WhisperConfig, found: Splits) -> dict[str, object]:
-    counts = {"digits": len(found.train), "validation": len(found.validation), "test": len(found.test)}
+    counts = {"train": len(found.train.utterances), "validation": len(found.validation), "test": len(found.test)}
     return (
         flatten(config.model_dump(mode="json", exclude={"evaluate"}))
         | {f"data.{part}_count": count for part, count in counts.items()}

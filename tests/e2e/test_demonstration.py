@@ -74,7 +74,7 @@ def test_a_job_with_a_bad_configuration_says_why_in_one_line(demonstration):
 
 
 def test_openai_client_transcribes(demonstration):
-    digits = requests.utterances(ROOT / "configs/whisper/digits.yaml", data(), 1)[0]
+    digits = requests.utterances(ROOT / "configs/whisper/digits.yaml", data(), demonstration.home, 1)[0]
     with openai.OpenAI(base_url=f"{demonstration.layout.serve}/v1", api_key="none") as client:
         assert {"whisper", "edits"} <= {model.id for model in client.models.list()}
         text = client.audio.transcriptions.create(model="whisper", file=("digits.wav", digits)).text

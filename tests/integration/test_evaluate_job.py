@@ -12,9 +12,10 @@ from mlflow import MlflowClient
 
 from models import runs
 from models.registry import BASELINE, CHAMPION, Registry
-from models.whisper import data
 from models.whisper.config import WhisperConfig
+from models.whisper.data import splits
 from models.whisper.train import WhisperTask
+from models.whisper.utterances import Splits, write_features
 from ops.configuration import load
 
 ROOT = Path(__file__).parents[2]
@@ -54,9 +55,9 @@ def test_files_are_evaluated_and_a_wrong_one_is_one_clear_line(tmp_path: Path, h
 
 def test_champion_and_baseline_are_compared_with_slices_from_feast(repo: Path, home: Path, mlflow_uri: str) -> None:
     config = load(WhisperConfig, TINY, OVERRIDES)
-    found = data.splits(config.data, None)
+    found = splits(config.data, None, home)
     register(config, found, mlflow_uri, home)
-    data.write_features(found, home / "features" / "offline" / "utterance_audio")
+    write_features(found, home / "features" / "offline" / "utterance_audio")
     overrides = [part for override in OVERRIDES for part in ("--set", override)]
     done = job(["--config", TINY, *overrides, "--repo", repo], {"MLFLOW_TRACKING_URI": mlflow_uri})
     assert done.returncode == 0, done.stderr
@@ -69,14 +70,12 @@ def test_champion_and_baseline_are_compared_with_slices_from_feast(repo: Path, h
     report = json.loads(Path(result["report"]["json"]).read_text())
     assert report["dataset"]["hash"] == result["data_hash"] == found.hash
     assert report["systems"][0]["version"] == "whisper-to-evaluate version 1"
-    assert ("speaker", "en-us", 40) in [
-        (part["dimension"], part["label"], part["n"]) for part in report["slices"]["shown"]
-    ]
+    assert not report["slices"]["shown"], "one voice, one kind of sentence, no noise: nothing to tell apart"
     assert {part["dimension"] for part in report["slices"]["hidden"]} == {"duration_s", "level_db"}
     assert MlflowClient(mlflow_uri).get_run(result["run_id"]).data.metrics["champion_wer"] == result["champion"]["wer"]
 
 
-def register(config: WhisperConfig, found: data.Splits, mlflow_uri: str, home: Path) -> None:
+def register(config: WhisperConfig, found: Splits, mlflow_uri: str, home: Path) -> None:
     """Two untrained networks, which say different things and do not take the time of training."""
     task = WhisperTask(config, found.train, found.validation)
     registry = Registry(mlflow_uri)

@@ -17,9 +17,10 @@ from mlflow import MlflowClient
 from models.checkpoints import MANIFEST
 from models.registry import Registry
 from models.whisper.config import WhisperConfig
-from models.whisper.data import Splits, splits
+from models.whisper.data import splits
 from models.whisper.predict import load as load_predictor
 from models.whisper.train import train
+from models.whisper.utterances import Splits
 from ops.configuration import load
 
 TINY = Path(__file__).parents[2] / "configs" / "whisper" / "tiny.yaml"
@@ -54,7 +55,7 @@ def _quick_detection() -> Iterator[None]:
 def calm(ray_local: None, mlflow_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     home = tmp_path_factory.mktemp("home")
     config = configuration("calm")
-    found = splits(config.data, None)
+    found = splits(config.data, None, home)
     return Trained(train(config, found, home=home, tracking_uri=mlflow_uri), config, found, home, mlflow_uri)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.whisper.audio import AudioError, decode, resample
-from models.whisper.config import DataConfig
-from models.whisper.data import (
-    WORDS,
-    DataError,
-    Sequences,
-    Splits,
-    Utterance,
-    splits,
-    utterance_features,
-    write_features,
-)
+from models.whisper.config import DigitsConfig
+from models.whisper.digits import WORDS, Sequences, splits
 from models.whisper.speech import SpeechError, Spoken, synthesise
+from models.whisper.utterances import DataError, Splits, Utterance, utterance_features, write_features
 
 RATE_HZ = 8000
 
@@ -52,20 +45,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(**values: object) -> DataConfig:
-    return DataConfig.model_validate({"validation_utterances": 8, "test_utterances": 8, "max_seconds": 2} | values)
+def config(**values: object) -> DigitsConfig:
+    return DigitsConfig.model_validate({"validation_utterances": 8, "test_utterances": 8, "max_seconds": 2} | values)
 
 
-def lengths(part: tuple[Utterance, ...]) -> set[int]:
+def lengths(part: Sequence[Utterance]) -> set[int]:
     return {len(one.wave) for one in part}
 
 
 def test_recordings_of_the_test_split_are_in_no_other(data: Path) -> None:
     found = splits(config(digits=(1, 1), gap_s=(0, 0)), data)
     assert found.source == "recordings"
-    assert len(found.train) == 3 * 16 * 2
+    assert len(found.train.utterances) == 3 * 16 * 2
     # The duration of a recording tells its index here.
-    train, validation, test = lengths(found.train), lengths(found.validation), lengths(found.test)
+    train, validation, test = lengths(found.train.utterances), lengths(found.validation), lengths(found.test)
     assert not train & validation
     assert not train & test
     assert not validation & test
@@ -74,8 +67,16 @@ def test_recordings_of_the_test_split_are_in_no_other(data: Path) -> None:
 
 def test_a_split_by_speaker_shares_no_speaker(data: Path) -> None:
     found = splits(config(split="speaker"), data)
-    speakers = [{one.speaker for one in part} for part in (found.train, found.validation, found.test)]
+    speakers = [{one.speaker for one in part} for part in (found.train.utterances, found.validation, found.test)]
     assert speakers == [{"cy"}, {"bob"}, {"ann"}]
+
+
+def test_synthetic_voices_are_added_to_training_alone(data: Path) -> None:
+    voices = {"voices": ("en-us",), "rates_wpm": (150, 180), "add_synthetic": True}
+    found, without = splits(config(split="speaker", **voices), data), splits(config(split="speaker"), data)
+    assert {one.speaker for one in found.train.utterances} == {"cy", "en-us"}
+    assert found.hash == without.hash
+    assert [one.id for one in found.validation] == [one.id for one in without.validation]
 
 
 def test_the_same_configuration_gives_the_same_split(data: Path) -> None:
@@ -98,7 +99,7 @@ def test_corrupt_recordings_are_skipped_counted_and_logged(
     (recordings / "noise.wav").write_bytes(encoded(tone(100, 0.1)))
     found = splits(config(), tmp_path)
     assert found.skipped == 3
-    assert len(found.train) == 3 * 16 * 2
+    assert len(found.train.utterances) == 3 * 16 * 2
     assert [record.getMessage().count("recording skipped") for record in caplog.records] == [1, 1, 1]
 
 
@@ -128,7 +129,7 @@ def test_synthetic_speech_needs_no_data_and_never_changes() -> None:
     first, second = splits(small, None), splits(small, None)
     assert first.source == "synthetic"
     assert first.hash == second.hash
-    assert {one.text for one in first.train} == set(WORDS)
+    assert {one.text for one in first.train.utterances} == set(WORDS)
 
 
 def test_unknown_voices_and_silent_texts_are_refused() -> None:
@@ -139,18 +140,18 @@ def test_unknown_voices_and_silent_texts_are_refused() -> None:
         synthesise([Spoken(" ", "en", 160)])
 
 
-@given(seed=st.integers(0, 10**6), fewest=st.integers(1, 3), more=st.integers(0, 3), most=st.integers(1, 9))
-def test_sequences_keep_their_bounds(seed: int, fewest: int, more: int, most: int) -> None:
+@given(seed=st.integers(0, 10**6), fewest=st.integers(1, 3), more=st.integers(0, 3), epoch=st.integers(0, 8))
+def test_sequences_keep_their_bounds(seed: int, fewest: int, more: int, epoch: int) -> None:
     pool = [Utterance("", tone(200, 0.3), word, speaker, RATE_HZ) for word in WORDS for speaker in ("ann", "bob")]
     wanted = config(digits=(fewest, fewest + more), max_seconds=1)
     sequences = Sequences(pool, wanted)
-    one = sequences.draw(np.random.default_rng(seed), most)
-    again = sequences.draw(np.random.default_rng(seed), most)
+    one = sequences.draw(np.random.default_rng(seed), epoch)
+    again = sequences.draw(np.random.default_rng(seed), epoch)
     assert one.text == again.text
     assert (one.wave == again.wave).all()
     assert len(one.wave) <= RATE_HZ
     words = one.text.split()
-    assert 1 <= len(words) <= min(fewest + more, most)
+    assert 1 <= len(words) <= min(fewest + more, 1 + epoch)
     assert len(one.wave) >= len(words) * 0.3 * RATE_HZ
 
 
@@ -158,7 +159,7 @@ def test_features_describe_what_is_heard(tmp_path: Path) -> None:
     square = Utterance("loud", np.ones(RATE_HZ, np.float32), "one", "ann", RATE_HZ)
     quiet = Utterance("quiet", np.full(4000, 0.1, np.float32), "two", "bob", RATE_HZ)
     silent = Utterance("silent", np.zeros(4000, np.float32), "two", "bob", RATE_HZ)
-    found = Splits((), (), (square, quiet, silent), "synthetic", "abc", 0)
+    found = Splits(Sequences([], config()), (), (square, quiet, silent), "synthetic", "abc", 0)
     path = write_features(found, tmp_path / "features")
     assert [file.name for file in path.parent.iterdir()] == ["abc.parquet"]
     table = pq.read_table(path)

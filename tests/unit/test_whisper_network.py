@@ -1,19 +1,25 @@
 """The small Whisper: spelling, features, adapters, saving, loading, a base model, and transcripts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jiwer
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from models import predictor as predictors
 from models.whisper import network as networks
 from models.whisper.audio import AudioError
-from models.whisper.config import AugmentConfig, WhisperConfig
-from models.whisper.data import Utterance
+from models.whisper.augment import disturb, mask
+from models.whisper.config import AugmentConfig, DigitsConfig, WhisperConfig
+from models.whisper.digits import Sequences
 from models.whisper.predict import Transcript, WhisperPredictor
-from models.whisper.train import WhisperTask, disturb, errors
+from models.whisper.scores import errors
+from models.whisper.train import WhisperTask
+from models.whisper.utterances import Utterance
 from ops.configuration import load
 
 RATE_HZ = 8000
@@ -24,21 +30,26 @@ DATA = {"max_seconds": 1, "digits": [1, 2], "train_utterances": 50}
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_configuration_builds(path: Path) -> None:
-    config = load(WhisperConfig, path)
-    one = WhisperTask(config, (utterance("one"), utterance("two", 900.0)), ())
+    config = load(WhisperConfig, path, ["network.base=null"])  # neither registry nor hub is there
+    rate_hz = config.data.sample_rate_hz
+    one = WhisperTask(config, pool([utterance("one", rate_hz=rate_hz), utterance("two", 900.0, rate_hz)]), ())
     frames = one.batch([(0, 0)])["input_features"].shape[-1]
     assert frames == one.features.nb_max_frames
     assert sum(parameter.numel() for parameter in one.build().parameters()) > 0
 
 
-def utterance(text: str, hz: float = 300.0) -> Utterance:
-    wave = np.sin(2 * np.pi * hz * np.arange(2000) / RATE_HZ).astype(np.float32)
-    return Utterance("", wave, text, "ann", RATE_HZ)
+def utterance(text: str, hz: float = 300.0, rate_hz: int = RATE_HZ) -> Utterance:
+    wave = np.sin(2 * np.pi * hz * np.arange(rate_hz // 4) / rate_hz).astype(np.float32)
+    return Utterance("", wave, text, "ann", rate_hz)
+
+
+def pool(utterances: Sequence[Utterance]) -> Sequences:
+    return Sequences(utterances, DigitsConfig.model_validate(DATA | {"sample_rate_hz": utterances[0].sample_rate_hz}))
 
 
 def task(**network: object) -> WhisperTask:
     config = WhisperConfig.model_validate({"data": DATA, "network": SMALL | network})
-    return WhisperTask(config, (utterance("one"), utterance("two", 900.0)), (utterance("one"),))
+    return WhisperTask(config, pool([utterance("one"), utterance("two", 900.0)]), (utterance("one"),))
 
 
 def test_tokens_round_trip_and_end() -> None:
@@ -133,7 +144,7 @@ def test_a_base_that_is_none_or_does_not_fit_is_refused(tmp_path: Path) -> None:
     data = DATA | {"sample_rate_hz": 16000}
     config = WhisperConfig.model_validate({"data": data, "network": {"base": str(tmp_path / "base")}})
     with pytest.raises(networks.NetworkError, match="set data.sample_rate_hz=8000"):
-        _ = WhisperTask(config, (), ()).features
+        _ = WhisperTask(config, pool([utterance("one")]), ()).features
 
 
 def test_learns_to_tell_two_tones_apart() -> None:
@@ -149,6 +160,63 @@ def test_learns_to_tell_two_tones_apart() -> None:
         optimizer.step()
         losses.append(float(total.detach()) / count)
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
+
+
+class Letters(torch.nn.Module):
+    """Stands for a network whose encoder's output is the letters themselves, so that the right loss is known."""
+
+    def get_output_embeddings(self) -> torch.nn.Linear:
+        layer = torch.nn.Linear(32, 32, bias=False)
+        torch.nn.init.eye_(layer.weight)
+        return layer
+
+
+def test_the_encoder_is_asked_for_the_letters_in_their_order() -> None:
+    tokens = networks.tokenizer(None, ["ab"], vocabulary=32)
+    rows = networks.labels(tokens, ["ab", "a"], start_token=1)
+    space, a, b = rows[0].tolist()[:3]
+    heard = torch.zeros(2, 8, 32)
+    for row, said in enumerate(([0, space, space, a, 0, b, b, 0], [space, a, a, 0, 0, 0, 0, 0])):
+        heard[row, range(8), said] = 30.0
+    letters = Letters()
+    assert networks.ctc_loss(letters, heard, rows, tokens).item() < 1e-3
+    assert networks.ctc_loss(letters, heard.flip(1), rows, tokens).item() > 30
+    apart = [networks.ctc_loss(letters, heard.flip(1)[one], rows[one], tokens) for one in (slice(0, 1), slice(1, 2))]
+    assert networks.ctc_loss(letters, heard.flip(1), rows, tokens).item() == pytest.approx(
+        torch.stack(apart).sum().item(), rel=1e-4
+    )
+
+
+def test_the_encoders_loss_trains_the_encoder_alone_too() -> None:
+    one = task(ctc=0.5)
+    network = one.build()
+    total, _ = one.loss(network, one.batch([(0, 1), (0, 2)]))
+    total.backward()
+    assert all(parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad)
+    with pytest.raises(ValueError, match="network.ctc needs train.parallelism=ddp"):
+        WhisperConfig.model_validate({"network": {"ctc": 0.5}, "train": {"parallelism": "fsdp"}})
+
+
+@given(seed=st.integers(0, 10**6), frames=st.integers(0, 50), share=st.floats(0, 0.5), masks=st.integers(0, 3))
+def test_masks_hide_no_more_than_their_share(seed: int, frames: int, share: float, masks: int) -> None:
+    mel_FT = np.random.default_rng(seed).normal(size=(20, 50)).astype(np.float32)
+    config = AugmentConfig(masks=masks, mask_share=share)
+    masked = mask(mel_FT, frames, config, np.random.default_rng(seed))
+    hidden = masked != mel_FT
+    whole_bins, whole_frames = hidden.all(axis=1).sum(), hidden.all(axis=0).sum()
+    assert whole_bins <= masks * round(20 * share)
+    assert whole_frames <= masks * round(frames * share)
+    assert not hidden[~hidden.all(axis=1)][:, frames:].any(), "what comes after the speech is no span of it"
+    again = mask(mel_FT, frames, config, np.random.default_rng(seed))
+    assert np.array_equal(masked, again)
+
+
+def test_a_tilt_moves_the_ends_most() -> None:
+    flat = np.zeros((21, 5), np.float32)
+    tilted = mask(flat, 5, AugmentConfig(tilt=0.3), np.random.default_rng(1))
+    assert tilted[10] == pytest.approx(np.zeros(5), abs=1e-6)
+    assert tilted[0] == pytest.approx(-tilted[-1])
+    assert 0 < abs(tilted[0][0]) <= 0.3
 
 
 class Parrot(WhisperPredictor):

@@ -1,0 +1,170 @@
+"""What can be done to a wave before it is recognised: noise reduction, cutting at its pauses, and a common level.
+
+Nothing here knows the noise in advance: it is learnt from where the wave is quietest. Waves are mono, float32[N].
+"""
+
+import math
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from scipy.ndimage import percentile_filter, uniform_filter
+from scipy.signal import butter, istft, sosfilt, sosfilt_zi, stft
+
+Wave = NDArray[np.float32]
+Floats = NDArray[np.float64]
+_TINY = 1e-20
+
+_WINDOW_S = 0.032
+_SHORTEST_DENOISED_S = 0.25
+_NOISE_QUANTILE = 0.2
+_OVER_SUBTRACTION = 2.0
+_SPECTRAL_FLOOR = 0.01
+_MEMORY = 0.92
+_LEAST_PRIOR_SNR = 0.01
+
+_STEP_S = 0.01
+_SPEECH_BAND_HZ = (150.0, 4000.0)
+_FLOOR_SPAN_S = 10.0
+_FLOOR_PERCENTILE = 10
+_ABOVE_FLOOR_DB = 5.0
+_BELOW_LOUDEST_DB = 40.0
+_INAUDIBLE_POWER = 1e-10
+"""About the rounding noise of 16 bits."""
+_HANGOVER_S = 0.2
+_SHORTEST_SPEECH_S = 0.04
+_MARGIN_S = 0.1
+
+
+class PreprocessConfig(BaseModel):
+    """Which steps are taken, in the order denoise, trim, normalise; by default none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    denoise: Literal["none", "spectral", "wiener"] = "none"
+    """`spectral`: over-subtraction of the noise's power (Boll, 1979; Berouti et al., 1979). `wiener`: a Wiener filter
+    with the decision-directed estimate of the speech (Ephraim and Malah, 1984; Scalart and Filho, 1996)."""
+    normalise: Literal["none", "rms", "peak"] = "none"
+    """What is brought to `level_db`: the root mean square or the largest sample."""
+    level_db: float = Field(-20.0, ge=-100, le=0)
+    """In dB of full scale."""
+    trim: bool = False
+    """Cut what is before the first and after the last speech, but for 100 ms."""
+
+    @property
+    def label(self) -> str:
+        """The steps that are taken, as in `wiener, trim`; `as it is` without any."""
+        named = (self.denoise, "trim" if self.trim else "none", self.normalise)
+        return ", ".join(step for step in named if step != "none") or "as it is"
+
+
+def prepare(wave: Wave, sample_rate_hz: int, config: PreprocessConfig) -> Wave:
+    """Apply the configured steps to any float32[N], also an empty or a silent one.
+
+    Denoising leaves waves below 250 ms as they are: they have too little to learn the noise from. Trimming leaves waves
+    without speech as they are, and only it changes the length. Normalising to an RMS stops where a sample reaches +-1.
+    """
+    if config.denoise != "none":
+        wave = _denoised(wave, sample_rate_hz, config.denoise)
+    if config.trim:
+        wave = _trimmed(wave, sample_rate_hz)
+    if config.normalise != "none":
+        wave = _normalised(wave, config.normalise, config.level_db)
+    return wave
+
+
+def speech_spans(wave: Wave, sample_rate_hz: int) -> list[tuple[float, float]]:
+    """Where somebody speaks: (start, end) in seconds, ascending and apart.
+
+    Speech is what rises 5 dB above the noise floor between 150 Hz and 4 kHz, and is at most 40 dB below the loudest
+    10 ms. The floor is the tenth percentile of the ten seconds round about, so that it follows slow changes of the
+    noise; speech must therefore pause for a tenth of the time. Pauses below 200 ms don't end a span, and sounds below
+    40 ms don't start one.
+    """
+    if not len(wave):
+        return []
+    step = round(_STEP_S * sample_rate_hz)
+    power = _speech_band_power(wave, sample_rate_hz, step)
+    around = min(round(_FLOOR_SPAN_S / _STEP_S), len(power))
+    floor = percentile_filter(power, _FLOOR_PERCENTILE, around, mode="reflect")
+    least = max(_INAUDIBLE_POWER, power.max() * 10 ** (-_BELOW_LOUDEST_DB / 10))
+    speech = power > np.maximum(floor * 10 ** (_ABOVE_FLOOR_DB / 10), least)
+    changes = np.flatnonzero(np.diff(speech, prepend=False, append=False))
+    pauses = changes[1:-1].reshape(-1, 2)
+    pauses = pauses[pauses[:, 1] - pauses[:, 0] >= _HANGOVER_S / _STEP_S]
+    spans = np.concatenate([changes[:1], pauses.ravel(), changes[-1:]]).reshape(-1, 2)
+    spans = spans[spans[:, 1] - spans[:, 0] >= _SHORTEST_SPEECH_S / _STEP_S]
+    seconds = np.minimum(spans * step, len(wave)) / sample_rate_hz
+    return [(start, end) for start, end in seconds.tolist()]
+
+
+def _denoised(wave: Wave, rate_hz: int, method: Literal["spectral", "wiener"]) -> Wave:
+    """Scale down each frequency of each 32 ms by how much noise it has."""
+    if len(wave) < _SHORTEST_DENOISED_S * rate_hz:
+        return wave
+    half = round(_WINDOW_S * rate_hz / 2)
+    frames = {"fs": rate_hz, "nperseg": 2 * half, "noverlap": half}
+    _, _, spectrum_FT = stft(wave.astype(np.float64), **frames)
+    power_FT = np.abs(spectrum_FT) ** 2
+    noise_F1 = _noise_power(power_FT)
+    gain_FT = _subtraction(power_FT, noise_F1) if method == "spectral" else _wiener(power_FT, noise_F1)
+    _, denoised = istft(spectrum_FT * gain_FT, **frames)
+    return np.asarray(denoised[: len(wave)], np.float32)
+
+
+def _noise_power(power_FT: Floats) -> Floats:
+    """The noise's mean power in each frequency, [F, 1], from a low quantile over time (Stahl et al., 2000).
+
+    The power of Gaussian noise is distributed exponentially, so its quantile q is -ln(1 - q) of its mean. Digital
+    silence is no noise and isn't counted.
+    """
+    heard = power_FT[:, power_FT.any(axis=0)]
+    if not heard.size:
+        return np.zeros((len(power_FT), 1))
+    means = np.quantile(heard, _NOISE_QUANTILE, axis=1, keepdims=True) / -math.log(1 - _NOISE_QUANTILE)
+    return np.asarray(uniform_filter(means, (5, 1)), np.float64)
+
+
+def _subtraction(power_FT: Floats, noise_F1: Floats) -> Floats:
+    """Gains of power subtraction; the power is smoothed first, against musical tones."""
+    smooth_FT = np.maximum(uniform_filter(power_FT, 3), _TINY)
+    return np.asarray(np.sqrt(np.maximum(1 - _OVER_SUBTRACTION * noise_F1 / smooth_FT, _SPECTRAL_FLOOR)))
+
+
+def _wiener(power_FT: Floats, noise_F1: Floats) -> Floats:
+    """Gains snr / (1 + snr), where the prior snr remembers the speech found in the frame before."""
+    snr_TF = (power_FT / np.maximum(noise_F1, _TINY)).T
+    gain_TF = np.empty_like(snr_TF)
+    before_F = np.maximum(snr_TF[0] - 1, 0)
+    for gain_F, snr_F in zip(gain_TF, snr_TF, strict=True):
+        prior_F = np.maximum(_MEMORY * before_F + (1 - _MEMORY) * np.maximum(snr_F - 1, 0), _LEAST_PRIOR_SNR)
+        gain_F[:] = prior_F / (1 + prior_F)
+        before_F = gain_F**2 * snr_F
+    return gain_TF.T
+
+
+def _speech_band_power(wave: Wave, rate_hz: int, step: int) -> Floats:
+    """The mean square of each `step` samples in the band of speech; the wave counts as constant before its start."""
+    lowest_hz, highest_hz = _SPEECH_BAND_HZ
+    band = butter(4, (lowest_hz, min(highest_hz, 0.45 * rate_hz)), "bandpass", fs=rate_hz, output="sos")
+    heard, _ = sosfilt(band, wave.astype(np.float64), zi=sosfilt_zi(band) * float(wave[0]))
+    starts = np.arange(0, len(wave), step)
+    return np.add.reduceat(np.square(heard), starts) / np.diff(starts, append=len(wave))
+
+
+def _trimmed(wave: Wave, rate_hz: int) -> Wave:
+    spans = speech_spans(wave, rate_hz)
+    if not spans:
+        return wave
+    first, last = round((spans[0][0] - _MARGIN_S) * rate_hz), round((spans[-1][1] + _MARGIN_S) * rate_hz)
+    return wave[max(0, first) : last]
+
+
+def _normalised(wave: Wave, measure: Literal["rms", "peak"], level_db: float) -> Wave:
+    if not wave.any():
+        return wave
+    exact = wave.astype(np.float64)
+    peak = float(np.abs(exact).max())
+    present = peak if measure == "peak" else math.sqrt(np.mean(np.square(exact)))
+    return np.asarray(exact * min(10 ** (level_db / 20) / present, 1 / peak), np.float32)
