@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from models.whisper.noise import NOISES, cut, load_noise, mix, reverberate, synt
 from models.whisper.utterances import CLEAN, DataError, Utterance, content_hash
 
 TEST_SHARE = 0.25
+TRAINING_NOISE_S = 180
 FIRST_WORDS = 1
 """Words of the longest sentences of the first epoch."""
 EASIER_DB = 20.0
@@ -81,7 +83,9 @@ class Noises:
     def _noise(self, name: str, samples: int, rate_hz: int, rng: np.random.Generator, *, held_out: bool) -> Wave:
         if name in self.recordings:
             return cut(self.recordings[name][held_out], samples, rng)
-        return synthesise_noise(name, samples, rate_hz, rng)
+        if held_out:
+            return synthesise_noise(name, samples, rate_hz, rng)
+        return cut(_for_training(name, rate_hz), samples, rng)
 
     def _with_margins(self, wave: Wave, rate_hz: int, rng: np.random.Generator) -> Wave:
         before, after = (round(seconds * rate_hz) for seconds in rng.uniform(*self.config.margin_s, size=2))
@@ -91,9 +95,8 @@ class Noises:
 class Noisy:
     """A pool whose utterances are heard with other noise every time.
 
-    Of several subsets, `shares` says how often each is drawn. The first epoch has the shortest sentences and the least
-    noise, and each one after it a word and some noise more: a network that starts from scratch so learns sooner where
-    in the sound to listen.
+    Of several subsets, `shares` says how often each is drawn. With `config.easy_start` the first epochs have the
+    shortest sentences and the least noise.
     """
 
     def __init__(self, utterances: Sequence[Utterance], noises: Noises, shares: Mapping[str, float]) -> None:
@@ -108,9 +111,17 @@ class Noisy:
         """One utterance with noise as the generator says."""
         subset = str(rng.choice(list(self._shares), p=list(self._shares.values())))
         ready = self._by_length[subset]
+        if not self._noises.config.easy_start:
+            return self._noises.drawn(ready[rng.integers(len(ready))], rng, 0.0)
         fitting = bisect_right(ready, FIRST_WORDS + epoch, key=_words)
         one = ready[rng.integers(max(fitting, -(-len(ready) // FEWEST)))]
         return self._noises.drawn(one, rng, max(0.0, EASIER_DB - HARDER_DB * epoch))
+
+
+@lru_cache
+def _for_training(name: str, rate_hz: int) -> Wave:
+    """Minutes of a noise, to cut from: making new noise for every utterance takes as long as training on it."""
+    return synthesise_noise(name, TRAINING_NOISE_S * rate_hz, rate_hz, np.random.default_rng(NOISES.index(name)))
 
 
 def _words(one: Utterance) -> int:

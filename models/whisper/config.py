@@ -68,6 +68,9 @@ class NoiseConfig(_Section):
     """Shortest and longest time in which the room's echo falls by 60 dB."""
     margin_s: tuple[float, float] = (0.05, 0.25)
     """Shortest and longest time before and after the speech."""
+    easy_start: bool = False
+    """Whether the first epoch of training has single words and little noise, and each one after it a word and some
+    noise more: a network that starts from scratch so learns sooner where in the sound to listen."""
 
 
 class DictationConfig(_Utterances):

@@ -35,6 +35,30 @@ def test_trains_on_a_ray_of_its_own(home: Path) -> None:
     assert pq.read_table(features).num_rows == 4
 
 
+def test_a_domain_is_adapted_from_the_registered_base(home: Path) -> None:
+    small = [
+        *("data.sentences=12", "data.takes=1", "data.test_sentences=2", "data.validation_utterances=2"),
+        *("data.noise.noises=[wind]", "data.noise.snr_db=[5]", "train.steps=2", "train.batch_size=2"),
+    ]
+    network = ["network.width=16", "network.layers=1", "network.heads=2", "network.mel_bins=20"]
+    settings = [word for setting in small for word in ("--set", setting)]
+    sizes = [word for setting in network for word in ("--set", setting)]
+    configs = ROOT / "configs" / "whisper"
+    base = job(home, "--config", str(configs / "dictation-general.yaml"), *settings, *sizes)
+    assert base.returncode == 0, base.stderr
+    assert set(json.loads(base.stdout.splitlines()[-1])["wer_by"]) == {"general, clean", "general, noisy"}
+    spoken = sorted((home / "speech").iterdir())
+    assert len(spoken) == 1
+    field = job(home, "--config", str(configs / "dictation-field.yaml"), *settings)
+    assert field.returncode == 0, field.stderr
+    result = json.loads(field.stdout.splitlines()[-1])
+    assert set(result["wer_by"]) == {"general, clean", "general, noisy", "field, clean", "field, noisy"}
+    assert result["source"] == "synthetic field"
+    features = [pq.read_table(path) for path in (home / "features" / "offline" / "utterance_audio").glob("*.parquet")]
+    conditions = {condition for table in features for condition in table["condition"].to_pylist()}
+    assert conditions == {"general, clean", "general, wind 5 dB", "field, clean", "field, wind 5 dB"}
+
+
 def test_a_bad_configuration_is_one_line(home: Path) -> None:
     digits = str(ROOT / "configs" / "whisper" / "digits.yaml")
     wrong = job(home, "--config", digits, "--set", "train.step=4")

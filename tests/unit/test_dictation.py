@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation.metrics.term_recall import TermRecall
@@ -108,7 +108,9 @@ def test_sentences_that_are_too_long_are_left_out_and_counted() -> None:
 
 
 def test_replay_is_the_share_of_everyday_sentences() -> None:
-    found = dictation.splits(config(replay=0.25, noise={"clean": 1, "reverberant": 0}), None, Humming())
+    found = dictation.splits(
+        config(replay=0.25, noise={"clean": 1, "reverberant": 0, "easy_start": True}), None, Humming()
+    )
     rng = np.random.default_rng(0)
     drawn = [found.train.draw(rng, 20) for _ in range(400)]
     assert sum(one.subset == "general" for one in drawn) / 400 == pytest.approx(0.25, abs=0.07)
@@ -117,31 +119,31 @@ def test_replay_is_the_share_of_everyday_sentences() -> None:
     )
 
 
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), snr_db=st.sampled_from([0.0, 5.0, 15.0]), name=st.sampled_from(["wind", "crowd"]))
 def test_the_ratio_is_that_of_the_speech_to_the_noise(seed: int, snr_db: float, name: str) -> None:
-    speech = Utterance("", tone(0.5), "one two", "ann", RATE_HZ)
+    speech = Utterance("", 0.05 * tone(0.5), "one two", "ann", RATE_HZ)
     noises = Noises.open(NoiseConfig(margin_s=(0.0, 0.0)), None, RATE_HZ)
     heard = noises.held_out(speech, "test", name, snr_db, [seed])
     assert (heard.noise, heard.snr_db, heard.text) == (name, snr_db, speech.text)
-    scale = float(heard.wave @ speech.wave) / float(speech.wave @ speech.wave)
-    noise = heard.wave - scale * speech.wave
-    measured = 10 * math.log10(float(np.mean((scale * speech.wave) ** 2)) / float(np.mean(noise**2)))
-    assert measured == pytest.approx(snr_db, abs=1.5), "but for what of the noise is like the speech"
+    noise = heard.wave - speech.wave
+    measured = 10 * math.log10(float(np.mean(speech.wave**2)) / float(np.mean(noise**2)))
+    assert measured == pytest.approx(snr_db, abs=0.1)
 
 
 def test_a_recorded_noise_is_split_too_and_needs_its_file(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     low = np.sin(2 * np.pi * 100 * np.arange(3 * RATE_HZ) / RATE_HZ)
     soundfile.write(tmp_path / "hall.wav", np.concatenate([0.1 * rng.normal(size=9 * RATE_HZ), low]), RATE_HZ)
-    settings = NoiseConfig(noises=("hall.wav",), snr_db=(0.0,), clean=0.0, reverberant=0.0, margin_s=(0.0, 0.0))
-    noises = Noises.open(settings, tmp_path, RATE_HZ)
+    hall = NoiseConfig(noises=("hall.wav",), snr_db=(0.0,), clean=0.0, reverberant=0.0, margin_s=(0.0, 0.0))
+    noises = Noises.open(hall, tmp_path, RATE_HZ)
     silence = Utterance("", tone(0.5) * 1e-3, "one", "ann", RATE_HZ)
     training = [noises.drawn(silence, np.random.default_rng(seed), 0.0).wave for seed in range(5)]
     test = noises.held_out(silence, "test", "hall.wav", 0.0, [0])
     assert test.noise == "hall"
     assert high_share(test.wave) < 0.1 < min(map(high_share, training)), "the last quarter is a low tone"
     with pytest.raises(DataError, match="hall.wav is a recording: set MILLRACE_DATA"):
-        Noises.open(settings, None, RATE_HZ)
+        Noises.open(hall, None, RATE_HZ)
 
 
 def high_share(wave: np.ndarray) -> float:
@@ -172,8 +174,8 @@ def sentences(tmp_path: Path) -> Path:
 
 
 def test_recorded_lines_are_split_by_recording(sentences: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings = RecordingsConfig(kind="recordings", layout="ljspeech", folder="lines", sample_rate_hz=RATE_HZ)
-    found = recordings.splits(settings, sentences)
+    lines = RecordingsConfig(kind="recordings", layout="ljspeech", folder="lines", sample_rate_hz=RATE_HZ)
+    found = recordings.splits(lines, sentences)
     assert found.skipped == 2
     assert sum("recording skipped" in record.getMessage() for record in caplog.records) == 2
     assert {one.text for one in found.train.utterances} == {"mister ten the th"}
@@ -181,7 +183,7 @@ def test_recorded_lines_are_split_by_recording(sentences: Path, caplog: pytest.L
     assert parts == [{"recorded"}] * 3
     assert len(found.train.utterances) + len(found.validation) + len(found.test) // 13 == 10
     with pytest.raises(DataError, match="set MILLRACE_DATA"):
-        recordings.splits(settings, None)
+        recordings.splits(lines, None)
 
 
 def test_orders_have_terms_in_place_of_transcripts(tmp_path: Path) -> None:
@@ -192,8 +194,8 @@ def test_orders_have_terms_in_place_of_transcripts(tmp_path: Path) -> None:
         file = io.BytesIO()
         soundfile.write(file, tone(1.0), RATE_HZ, format="FLAC")
         (tmp_path / "shop" / "clean" / name).write_bytes(file.getvalue())
-    settings = RecordingsConfig(kind="recordings", layout="orders", folder="shop", sample_rate_hz=RATE_HZ)
-    found = recordings.splits(settings, tmp_path)
+    orders = RecordingsConfig(kind="recordings", layout="orders", folder="shop", sample_rate_hz=RATE_HZ)
+    found = recordings.splits(orders, tmp_path)
     assert {one.text for one in found.test} == {"large skim milk"}
     assert terms_in("large skim milk", found.terms) == ["large", "skim milk"]
 
@@ -218,11 +220,11 @@ def test_recall_counts_each_term_as_often_as_it_is_said() -> None:
 
 
 def test_a_pool_of_one_subset_draws_from_all_of_it_in_the_end() -> None:
-    settings = NoiseConfig(clean=1.0, reverberant=0.0)
+    calm = NoiseConfig(clean=1.0, reverberant=0.0, easy_start=True)
     words = ["one", "one two three four five six", "one two"]
     pool = Noisy(
         [Utterance("", tone(0.2), text, "ann", RATE_HZ, "recorded") for text in words],
-        Noises.open(settings, None, RATE_HZ),
+        Noises.open(calm, None, RATE_HZ),
         {"recorded": 1.0, "absent": 0.0},
     )
     rng = np.random.default_rng(0)
