@@ -51,8 +51,9 @@ def transcribe_long(predictor: WhisperPredictor, wave: Wave, *, overlap_s: float
     words: list[Word] = []
     chunk = chunks[0]
     for cut, following in zip(cuts, chunks[1:], strict=True):
-        _append(words, chunk[: _joint(chunk, following, cut / rate_hz)])
-        chunk = following[_known(words, following) :]
+        stop, start = _seam(chunk, following, cut / rate_hz)
+        _append(words, chunk[:stop])
+        chunk = following[start:]
     _append(words, chunk)
     return _transcript(words, float(np.mean([one.confidence for one in heard])))
 
@@ -168,20 +169,25 @@ def _quietest(wave: Wave, first: int, last: int, width: int) -> int:
     return last - int(np.argmin(power[last - first :: -1]))
 
 
-def _joint(left: Sequence[Word], right: Sequence[Word], cut_s: float) -> int:
-    """How many words of `left` to take before going on with `right`."""
-    both = [place for place, word in enumerate(left) if _same(word, right) is not None]
+def _seam(left: Sequence[Word], right: Sequence[Word], cut_s: float) -> tuple[int, int]:
+    """How many words of `left` to take, and how many of `right` to leave out, where both heard what is around a cut."""
+    both = [(place, same) for place, word in enumerate(left) if (same := _same(word, right)) is not None]
     if both:
-        return min(both, key=lambda place: abs(_middle_s(left[place]) - cut_s)) + 1
-    return sum(_middle_s(word) < cut_s for word in left)
+        place, same = min(both, key=lambda pair: abs(_middle_s(left[pair[0]]) - cut_s))
+        return place + 1, same + 1
+    taken = [word for word in left if _middle_s(word) < cut_s]
+    return len(taken), sum(word.end_s <= cut_s or _is_within(word, taken) for word in right)
 
 
 def _known(known: Sequence[Word], words: Sequence[Word]) -> int:
     """How many of the words are up to the last known one, which is found by its text or else by its time."""
-    if not known:
-        return 0
-    same = _same(known[-1], words)
-    return sum(_middle_s(word) < known[-1].end_s for word in words) if same is None else same + 1
+    same = _same(known[-1], words) if known else None
+    return sum(_is_within(word, known) for word in words) if same is None else same + 1
+
+
+def _is_within(word: Word, known: Sequence[Word]) -> bool:
+    """Whether most of a word is said before the last known one ends."""
+    return bool(known) and _middle_s(word) < known[-1].end_s
 
 
 def _same(word: Word, others: Sequence[Word]) -> int | None:
