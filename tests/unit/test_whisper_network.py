@@ -225,6 +225,7 @@ class Parrot(WhisperPredictor):
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts
         self.sample_rate_hz = RATE_HZ
+        self.max_seconds = 1.0
 
     def transcribe(self, waves: object) -> list[Transcript]:
         return [Transcript(text, 1.0) for text in self.texts]
