@@ -1,6 +1,5 @@
 """With which noise, in which room, speech is heard: anew in every epoch of training, and fixed in a test split."""
 
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,13 +14,8 @@ from models.whisper.utterances import CLEAN, DataError, Utterance, content_hash
 
 TEST_SHARE = 0.25
 TRAINING_NOISE_S = 180
-FIRST_WORDS = 1
-"""Words of the longest sentences of the first epoch."""
-EASIER_DB = 20.0
-"""How much less noise the first epoch has; each one after it has `HARDER_DB` more."""
-HARDER_DB = 2.0
-FEWEST = 20
-"""At least one part in so many of a subset is drawn from, however long its sentences are."""
+EASY_EPOCHS = 8
+"""Epochs over which the share of utterances in noise and rooms rises from none to all."""
 Wave = NDArray[np.float32]
 
 
@@ -68,16 +62,18 @@ class Noises:
         heard = replace(one, wave=wave, noise=Path(name).stem, snr_db=snr_db)
         return replace(heard, id=f"{part}-{content_hash((heard,))}")
 
-    def drawn(self, one: Utterance, rng: np.random.Generator, easier_db: float) -> Utterance:
-        """An utterance of training in a room and with a noise as the generator says, at a ratio so much higher."""
+    def drawn(self, one: Utterance, rng: np.random.Generator, epoch: int) -> Utterance:
+        """An utterance of training in a room and with a noise as the generator says."""
         config, rate_hz = self.config, one.sample_rate_hz
         wave = self._with_margins(one.wave, rate_hz, rng)
+        if config.easy_start and rng.random() * EASY_EPOCHS >= epoch:
+            return replace(one, wave=wave)
         if rng.random() < config.reverberant:
             wave = reverberate(wave, rate_hz, float(rng.uniform(*config.rt60_s)), rng)
         if rng.random() >= config.clean and config.noises:
             name, snr_db = str(rng.choice(config.noises)), float(rng.uniform(min(config.snr_db), max(config.snr_db)))
             noise = self._noise(name, len(wave), rate_hz, rng, held_out=False)
-            wave = mix(wave, noise, snr_db + easier_db)
+            wave = mix(wave, noise, snr_db)
         return replace(one, wave=wave)
 
     def _noise(self, name: str, samples: int, rate_hz: int, rng: np.random.Generator, *, held_out: bool) -> Wave:
@@ -93,36 +89,21 @@ class Noises:
 
 
 class Noisy:
-    """A pool whose utterances are heard with other noise every time.
-
-    Of several subsets, `shares` says how often each is drawn. With `config.easy_start` the first epochs have the
-    shortest sentences and the least noise.
-    """
+    """A pool of utterances heard with other noise every time; of several subsets, `shares` says how often each."""
 
     def __init__(self, utterances: Sequence[Utterance], noises: Noises, shares: Mapping[str, float]) -> None:
         self.utterances = utterances
         self._noises = noises
         self._shares = {subset: share for subset, share in shares.items() if share > 0}
-        self._by_length = {
-            subset: sorted((one for one in utterances if one.subset == subset), key=_words) for subset in self._shares
-        }
+        self._of = {subset: [one for one in utterances if one.subset == subset] for subset in self._shares}
 
     def draw(self, rng: np.random.Generator, epoch: int) -> Utterance:
         """One utterance with noise as the generator says."""
-        subset = str(rng.choice(list(self._shares), p=list(self._shares.values())))
-        ready = self._by_length[subset]
-        if not self._noises.config.easy_start:
-            return self._noises.drawn(ready[rng.integers(len(ready))], rng, 0.0)
-        fitting = bisect_right(ready, FIRST_WORDS + epoch, key=_words)
-        one = ready[rng.integers(max(fitting, -(-len(ready) // FEWEST)))]
-        return self._noises.drawn(one, rng, max(0.0, EASIER_DB - HARDER_DB * epoch))
+        ready = self._of[str(rng.choice(list(self._shares), p=list(self._shares.values())))]
+        return self._noises.drawn(ready[rng.integers(len(ready))], rng, epoch)
 
 
 @lru_cache
 def _for_training(name: str, rate_hz: int) -> Wave:
     """Minutes of a noise, to cut from: making new noise for every utterance takes as long as training on it."""
     return synthesise_noise(name, TRAINING_NOISE_S * rate_hz, rate_hz, np.random.default_rng(NOISES.index(name)))
-
-
-def _words(one: Utterance) -> int:
-    return len(one.text.split())

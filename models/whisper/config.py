@@ -69,8 +69,8 @@ class NoiseConfig(_Section):
     margin_s: tuple[float, float] = (0.05, 0.25)
     """Shortest and longest time before and after the speech."""
     easy_start: bool = False
-    """Whether the first epoch of training has single words and little noise, and each one after it a word and some
-    noise more: a network that starts from scratch so learns sooner where in the sound to listen."""
+    """Whether noise and rooms come in over the first epochs of training: a network that starts from scratch so learns
+    sooner what to listen for."""
 
 
 class DictationConfig(_Utterances):
@@ -201,5 +201,5 @@ class WhisperConfig(_Section):
     @model_validator(mode="after")
     def _whole_embedding(self) -> Self:
         if self.network.ctc and self.train.parallelism != "ddp":
-            raise ValueError("network.ctc needs train.parallelism=ddp: it reads the decoder's whole embedding")
+            raise ValueError("network.ctc needs train.parallelism=ddp: its head is no part of the sharded network")
         return self

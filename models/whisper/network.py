@@ -142,8 +142,19 @@ def adapt(network: nn.Module, *, r: int, alpha: int, dropout: float, targets: tu
     return cast(PeftModel, get_peft_model(network, config))
 
 
+CTC_HEAD = "ctc_head"
+
+
+def with_ctc_head(network: nn.Module, width: int, tokens: int) -> nn.Module:
+    """Add the layer that `ctc_loss` needs, for as long as the network is trained."""
+    network.add_module(CTC_HEAD, nn.Linear(width, tokens))
+    return network
+
+
 def merged(network: nn.Module) -> WhisperForConditionalGeneration:
-    """The network with its adapters, if it has any, added into its weights."""
+    """The network as it is used after training: adapters added into its weights, without the head for `ctc_loss`."""
+    if hasattr(network, CTC_HEAD):
+        delattr(network, CTC_HEAD)
     if isinstance(network, PeftModel):
         network = cast(Any, network).merge_and_unload()
     return cast(WhisperForConditionalGeneration, network)
@@ -162,19 +173,17 @@ def labels(tokens: PreTrainedTokenizerBase, texts: list[str], start_token: int) 
 
 
 def ctc_loss(
-    network: nn.Module, heard_BSD: torch.Tensor, labels_BT: torch.Tensor, tokens: PreTrainedTokenizerBase
+    head: nn.Module, heard_BSD: torch.Tensor, labels_BT: torch.Tensor, tokens: PreTrainedTokenizerBase
 ) -> torch.Tensor:
     """Sum over utterances of the loss of hearing the tokens in the encoder's output (Graves et al., 2006).
 
-    Beside the decoder's loss as in Watanabe et al. (2017), but without parameters of its own: a position's tokens are
-    judged by the decoder's embedding, with padding as the blank.
+    Beside the decoder's loss as in Watanabe et al. (2017). The head maps a position to the tokens, padding being the
+    blank; with the decoder's embedding in its place the encoder took many times longer to learn anything.
     """
-    plain = getattr(network, "module", network)
-    plain = plain.get_base_model() if isinstance(plain, PeftModel) else plain
-    logs_SBV = (heard_BSD @ cast(Any, plain).get_output_embeddings().weight.T).log_softmax(dim=-1).transpose(0, 1)
+    logs_SBV = head(heard_BSD).float().log_softmax(dim=-1).transpose(0, 1)
     said_BT = (labels_BT != -100) & (labels_BT != tokens.eos_token_id)
     return torch.nn.functional.ctc_loss(
-        logs_SBV.float(),
+        logs_SBV,
         labels_BT[said_BT],
         input_lengths=torch.full((len(labels_BT),), len(logs_SBV)),
         target_lengths=said_BT.sum(dim=1),

@@ -83,9 +83,10 @@ class WhisperTask:
                 dropout=size.dropout,
                 max_tokens=size.max_tokens,
             )
-        if lora is None:
-            return network
-        return networks.adapt(network, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+        whole: nn.Module = network
+        if lora is not None:
+            whole = networks.adapt(network, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+        return networks.with_ctc_head(whole, network.config.d_model, len(self.tokens)) if size.ctc else whole
 
     def batch(self, samples: Sequence[trainer.Sample]) -> Mapping[str, Tensor]:
         """`input_features` float32[B, mel, frames] and `labels` int64[B, T], padded with -100."""
@@ -115,7 +116,8 @@ class WhisperTask:
         if not self.config.network.ctc:
             return output.loss * count, count
         share, heard_BSD = self.config.network.ctc, output.encoder_last_hidden_state
-        of_encoder = networks.ctc_loss(network, heard_BSD, batch["labels"], self.tokens)
+        head = getattr(getattr(network, "module", network), networks.CTC_HEAD)
+        of_encoder = networks.ctc_loss(head, heard_BSD, batch["labels"], self.tokens)
         return (1 - share) * output.loss * count + share * of_encoder, count
 
     def validate(self, network: nn.Module, rank: int, world_size: int) -> Mapping[str, tuple[float, float]]:
