@@ -6,6 +6,7 @@ tests and other programs can hold it in their own process.
 
 import asyncio
 import functools
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -157,7 +158,7 @@ class ModelService:
         self._server.find(model)
 
     async def transcribe(self, model: str, audio: bytes, caller: Caller) -> Transcription:
-        """The words of an audio file; what is longer than the model's window is cut into pieces of that length.
+        """The words of an audio file; what is longer than the model's window is cut at quiet moments.
 
         Raises:
             ServingError: status 400 for audio that cannot be read or is too long, and for a model that does not hear.
@@ -166,15 +167,17 @@ class ModelService:
         if not isinstance(loaded.task, Speech):
             raise bad_request(f"the model {model} does not transcribe; ask it at /v2/models/{model}/infer", "model")
         rate_hz = loaded.task.sample_rate_hz
-        wave = await asyncio.to_thread(_decode, audio, rate_hz, self._settings.max_audio_s)
-        step = int(loaded.task.max_seconds * rate_hz)
-        pieces = [wave[start : start + step] for start in range(0, len(wave), step)]
-        asked = (self._server.predict_async(model, piece, timeout_s=self._settings.timeout_s) for piece in pieces)
+        longest = int(loaded.task.max_seconds * rate_hz)
+        wave, cuts = await asyncio.to_thread(_decode, audio, rate_hz, self._settings.max_audio_s, longest)
+        borders = list(itertools.pairwise([0, *cuts, len(wave)]))
+        asked = (
+            self._server.predict_async(model, wave[start:end], timeout_s=self._settings.timeout_s)
+            for start, end in borders
+        )
         predictions = await asyncio.gather(*asked)
-        ends_s = np.minimum(np.arange(1, len(pieces) + 1) * step, len(wave)) / rate_hz
         segments = tuple(
-            Segment(index * step / rate_hz, float(end_s), each.output.text.strip(), each.output.confidence)
-            for index, (each, end_s) in enumerate(zip(predictions, ends_s, strict=True))
+            Segment(start / rate_hz, end / rate_hz, each.output.text.strip(), each.output.confidence)
+            for each, (start, end) in zip(predictions, borders, strict=True)
         )
         first = predictions[0]
         answer = Transcription(_by(first), segments, len(wave) / rate_hz)
@@ -265,13 +268,15 @@ class ModelService:
             self._log.close()
 
 
-def _decode(data: bytes, rate_hz: int, max_audio_s: float) -> Wave:
-    from models.whisper.audio import AudioError, decode
+def _decode(data: bytes, rate_hz: int, max_audio_s: float, longest: int) -> tuple[Wave, list[int]]:
+    """The samples of a file, and where to cut them into pieces of at most `longest`."""
+    from models.whisper.audio import AudioError, decode, quiet_cuts
 
     try:
-        return decode(data, rate_hz, max_seconds=max_audio_s)
+        wave = decode(data, rate_hz, max_seconds=max_audio_s)
     except AudioError as error:
         raise bad_request(str(error), "file", "invalid_audio") from None
+    return wave, quiet_cuts(wave, rate_hz, longest)
 
 
 def _by(prediction: Prediction) -> Answered:

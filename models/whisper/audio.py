@@ -6,7 +6,10 @@ from math import gcd
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
+from scipy.ndimage import uniform_filter1d
 from scipy.signal import resample_poly
+
+_PAUSE_S = 0.1
 
 
 class AudioError(ValueError):
@@ -45,3 +48,26 @@ def resample(wave: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.
         return wave.astype(np.float32, copy=False)
     common = gcd(from_hz, to_hz)
     return np.asarray(resample_poly(wave, to_hz // common, from_hz // common), np.float32)
+
+
+def quiet_cuts(wave: NDArray[np.float32], sample_rate_hz: int, longest: int, margin: int = 0) -> list[int]:
+    """The samples at which to cut float32[N], ascending: the quietest moments that leave no piece too long.
+
+    Each cut lies in the later half of what its piece may hold, as late as possible where all is equally quiet. A piece
+    of `longest` samples includes `margin` beyond each of its cuts, which its neighbours hold as well.
+    """
+    cuts: list[int] = []
+    start = cut = 0
+    while len(wave) - start > longest:
+        latest = start + longest - margin
+        cut = _quietest(wave, (cut + latest) // 2, latest, round(_PAUSE_S * sample_rate_hz))
+        cuts.append(cut)
+        start = cut - margin
+    return cuts
+
+
+def _quietest(wave: NDArray[np.float32], first: int, last: int, width: int) -> int:
+    """The sample from `first` to `last` around which `width` samples have least power, the last one of equals."""
+    start = max(0, first - width)
+    power = uniform_filter1d(np.square(wave[start : last + width], dtype=np.float64), width)[first - start :]
+    return last - int(np.argmin(power[last - first :: -1]))

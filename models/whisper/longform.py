@@ -6,14 +6,13 @@ from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import uniform_filter1d
 
+from models.whisper.audio import quiet_cuts
 from models.whisper.predict import Transcript, WhisperPredictor, Word
 
 Wave = NDArray[np.float32]
 
 _OVERLAP_S = 2.0
-_PAUSE_S = 0.1
 _AT_ONCE = 8
 
 
@@ -40,7 +39,7 @@ def transcribe_long(predictor: WhisperPredictor, wave: Wave, *, overlap_s: float
         )
     rate_hz = predictor.sample_rate_hz
     half = int(overlap_s / 2 * rate_hz)
-    cuts = _cuts(wave, rate_hz, int(predictor.max_seconds * rate_hz), half)
+    cuts = quiet_cuts(wave, rate_hz, int(predictor.max_seconds * rate_hz), half)
     starts = [0, *(cut - half for cut in cuts)]
     ends = [*(cut + half for cut in cuts), len(wave)]
     heard: list[Transcript] = []
@@ -148,25 +147,6 @@ class Streaming:
         start = next((border for border in borders if oldest <= border < end), oldest)
         self._buffer = self._buffer[start - self._dropped :]
         self._dropped = start
-
-
-def _cuts(wave: Wave, rate_hz: int, limit: int, half: int) -> list[int]:
-    """The samples at which to cut, such that no chunk with `half` of an overlap at each cut exceeds the limit."""
-    cuts: list[int] = []
-    start = cut = 0
-    while len(wave) - start > limit:
-        latest = start + limit - half
-        cut = _quietest(wave, (cut + latest) // 2, latest, round(_PAUSE_S * rate_hz))
-        cuts.append(cut)
-        start = cut - half
-    return cuts
-
-
-def _quietest(wave: Wave, first: int, last: int, width: int) -> int:
-    """The sample from `first` to `last` around which `width` samples have least power, the last one of equals."""
-    start = max(0, first - width)
-    power = uniform_filter1d(np.square(wave[start : last + width], dtype=np.float64), width)[first - start :]
-    return last - int(np.argmin(power[last - first :: -1]))
 
 
 def _seam(left: Sequence[Word], right: Sequence[Word], cut_s: float) -> tuple[int, int]:

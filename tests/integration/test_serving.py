@@ -168,7 +168,9 @@ def check_openai(site: Site) -> None:
         extra_headers={"x-request-id": "heard"},
     )
     assert answer.duration == 3.0
-    assert [segment.end for segment in answer.segments] == [2.0, 3.0]
+    cut_s, end_s = (segment.end for segment in answer.segments)
+    assert 1 <= cut_s <= 2
+    assert end_s == 3
     for content in (b"", b"no audio"):
         with pytest.raises(openai.BadRequestError):
             create(model="whisper", file=("a.wav", content))

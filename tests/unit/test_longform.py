@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.whisper.audio import AudioError
+from models.whisper.audio import AudioError, quiet_cuts
 from models.whisper.longform import Streaming, transcribe_long
 from models.whisper.predict import Transcript, WhisperPredictor, Word
 
@@ -176,3 +176,22 @@ def test_what_makes_no_sense_is_refused() -> None:
     for step_s in (0.0, 2.5):
         with pytest.raises(ValueError, match="step_s=.* at most half of 4 s"):
             Streaming(Scribe(), step_s=step_s)
+
+
+@settings(deadline=None)
+@given(samples=st.integers(0, 900), longest=st.integers(20, 200), share=st.floats(0, 0.25), seed=st.integers(0, 99))
+def test_no_piece_is_too_long_and_every_sample_is_in_one(samples: int, longest: int, share: float, seed: int) -> None:
+    margin = int(share * longest)
+    wave = np.random.default_rng(seed).normal(size=samples).astype(np.float32)
+    cuts = quiet_cuts(wave, 100, longest, margin)
+    starts, ends = [0, *(cut - margin for cut in cuts)], [*(cut + margin for cut in cuts), samples]
+    assert all(0 <= end - start <= longest for start, end in zip(starts, ends, strict=True))
+    assert cuts == sorted(set(cuts))
+    assert len(cuts) <= max(0, samples - 1) // max(1, longest // 2 - margin)
+
+
+def test_a_cut_is_where_it_is_quiet() -> None:
+    wave = np.ones(300, np.float32)
+    wave[120:140] = 0
+    (cut,) = quiet_cuts(wave, 100, 200)
+    assert 125 <= cut <= 135

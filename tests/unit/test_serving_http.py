@@ -124,10 +124,14 @@ def site(tmp_path, monkeypatch):
     return Site(tmp_path)
 
 
-def wav(seconds=0.5):
+def wav(seconds=0.5, pauses_s=()):
+    """A tone with pauses of a tenth of a second around these moments."""
     buffer = io.BytesIO()
     time_s = np.arange(round(seconds * RATE_HZ)) / RATE_HZ
-    soundfile.write(buffer, 0.1 * np.sin(880 * np.pi * time_s), RATE_HZ, format="WAV")
+    tone = 0.1 * np.sin(880 * np.pi * time_s)
+    for pause_s in pauses_s:
+        tone[np.abs(time_s - pause_s) <= 0.05] = 0
+    soundfile.write(buffer, tone, RATE_HZ, format="WAV")
     return buffer.getvalue()
 
 
@@ -157,11 +161,12 @@ def test_a_transcription_comes_with_its_headers_and_leaves_a_record(site):
     }
 
 
-def test_long_audio_is_cut_into_windows(site):
-    answer = site.transcribe(wav(2.25), response_format="verbose_json").json()
-    assert answer["text"] == "10 tenths 10 tenths 2 tenths"
-    assert answer["duration"] == 2.25
-    assert [(each["start"], each["end"]) for each in answer["segments"]] == [(0, 1), (1, 2), (2, 2.25)]
+def test_long_audio_is_cut_at_its_pauses(site):
+    answer = site.transcribe(wav(2.2, pauses_s=(0.4, 0.8, 1.6)), response_format="verbose_json").json()
+    assert answer["text"] == "8 tenths 8 tenths 6 tenths"
+    assert answer["duration"] == 2.2
+    borders = [border for each in answer["segments"] for border in (each["start"], each["end"])]
+    assert borders == pytest.approx([0, 0.8, 0.8, 1.6, 1.6, 2.2], abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -224,11 +229,14 @@ def test_the_official_openai_client(site):
             plain = await create(model="whisper", file=("a.wav", wav()))
             verbose = await create(
                 model="whisper",
-                file=("a.wav", wav(1.5)),
+                file=("a.wav", wav(1.5, pauses_s=(0.9,))),
                 response_format="verbose_json",
                 timestamp_granularities=["segment"],
             )
-            events = [event async for event in await create(model="whisper", file=("a.wav", wav(1.5)), stream=True)]
+            events = [
+                event
+                async for event in await create(model="whisper", file=("a.wav", wav(1.5, pauses_s=(0.9,))), stream=True)
+            ]
             with pytest.raises(openai.NotFoundError) as unknown:
                 await create(model="gpt", file=("a.wav", wav()))
             with pytest.raises(openai.BadRequestError):
@@ -238,8 +246,8 @@ def test_the_official_openai_client(site):
     models, plain, verbose, events, unknown = asyncio.run(ask())
     assert models == ["edits", "whisper"]
     assert plain.text == "5 tenths"
-    assert [segment.end for segment in verbose.segments] == [1, 1.5]
-    assert "".join(event.delta for event in events[:-1]) == events[-1].text == "10 tenths 5 tenths"
+    assert [segment.end for segment in verbose.segments] == pytest.approx([0.9, 1.5], abs=0.01)
+    assert "".join(event.delta for event in events[:-1]) == events[-1].text == "9 tenths 6 tenths"
     assert [event.type for event in events] == ["transcript.text.delta"] * 2 + ["transcript.text.done"]
     assert unknown.code == "model_not_found"
 
