@@ -58,6 +58,8 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = "attempts.jsonl"
 FAILURES = "failures.jsonl"
 PROGRESS = "progress.json"
+NICENESS = 15
+"""Of training: on a machine that they share, stream workers and replicas come first."""
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -191,6 +193,7 @@ def _work(loop_config: Mapping[str, _Arguments]) -> None:
     """Run on every worker, and again from the start after every failure."""
     arguments = loop_config["arguments"]
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
+    os.nice(max(0, NICENESS - os.nice(0)))
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // dist.get_world_size()))
 

@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 
 RAY_TRIES = 4
 INTERRUPTED = 130
-RECOVERY = {
+RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    "RAY_worker_niceness": "0",
 }
-"""What Ray must know before it starts to notice soon that a training worker is dead or hangs, and to start another."""
+"""What Ray must know before it starts.
+
+To notice soon that a training worker is dead or hangs, and to start another; and not to put every other process of the
+machine before stream workers and replicas, as its own niceness of 15 does: training takes that for itself.
+"""
 
 
 class JobError(Exception):
@@ -97,7 +102,7 @@ def start_ray(num_cpus: int, folder: str | None = None) -> None:
     Raises:
         JobError: it did not start in RAY_TRIES tries.
     """
-    for name, value in RECOVERY.items():
+    for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
 
     import ray

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import yaml
 
-from ops.jobs import RECOVERY
+from ops.jobs import RAY_SETTINGS
 from ops.layout import REPOSITORY, Layout, binaries_folder
 from ops.parts import ANSWER_S, Handle, PartError, answers_http, process_ended, process_id, require_free
 from ops.ports import LOOPBACK, free_ports
@@ -125,7 +125,7 @@ class Ray:
         return self._layout.variables() | {
             "PATH": os.pathsep.join([str(binaries_folder()), os.environ.get("PATH", os.defpath)]),
             "RAY_USAGE_STATS_ENABLED": "0",
-            **RECOVERY,
+            **RAY_SETTINGS,
             "RAY_JOB_STOP_WAIT_TIME_S": "20",
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "120",
             "RAY_raylet_start_wait_time_s": "120",  # 30 by default, too few on a busy machine with two cores

@@ -18,7 +18,7 @@ from models.training.faults import MARK, Fault, FaultyTask
 from models.training.task import Task
 from ops.configuration import load
 from ops.environment import Environment
-from ops.jobs import RECOVERY, JobError, parser, ray_session, run
+from ops.jobs import RAY_SETTINGS, JobError, parser, ray_session, run
 
 CONFIG_HASH = "chaos"
 WATCH_S = 0.05
@@ -163,7 +163,7 @@ def _two_nodes() -> Iterator[Callable[[], None]]:
 
     os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **RECOVERY}.items():
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **RAY_SETTINGS}.items():
         os.environ.setdefault(name, value)
 
     import ray
