@@ -46,7 +46,7 @@ def _warped(mel_FT: Array, factor: float) -> Array:
     places = np.interp(factor * hz, hz, np.arange(bins))
     lower = np.minimum(places.astype(int), bins - 2)
     share_F1 = (places - lower)[:, None].astype(np.float32)
-    return (1 - share_F1) * mel_FT[lower] + share_F1 * mel_FT[lower + 1]
+    return np.asarray((1 - share_F1) * mel_FT[lower] + share_F1 * mel_FT[lower + 1], np.float32)
 
 
 def _span(size: int, share: float, rng: np.random.Generator) -> tuple[int, int]:

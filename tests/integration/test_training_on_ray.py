@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import ray
 import torch
 
 from models.checkpoints import CheckpointStore
@@ -72,3 +73,8 @@ def test_a_parameter_server_in_step_is_an_all_reduce(folder: Path) -> None:
     reduced = processes.train(task, config, CheckpointStore.at(folder / "reduced", "hash"))
     assert served.losses == pytest.approx(reduced.losses, rel=1e-5)
     assert served.lead == 1
+
+
+def test_what_is_not_training_has_the_priority_of_any_process(folder: Path) -> None:
+    niceness = ray.remote(num_cpus=0)(lambda: os.nice(0))
+    assert ray.get(niceness.remote()) == os.nice(0)
