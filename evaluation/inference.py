@@ -39,7 +39,7 @@ def candidates(registry: Registry, name: str, preprocess: Sequence[PreprocessCon
     """
     aliases = [CHAMPION] + ([BASELINE] if (name, BASELINE) in registry.aliases() else [])
     found = [Candidate(alias, registry.resolve(name, alias)) for alias in aliases]
-    return found + [Candidate(f"{CHAMPION}, {steps.label}", found[0].version, steps) for steps in preprocess]
+    return found + [Candidate(f"{CHAMPION}: {steps.label}", found[0].version, steps) for steps in preprocess]
 
 
 def transcribe(tracking_uri: str, candidate: Candidate, cache: Path, utterances: Sequence[Utterance]) -> System:

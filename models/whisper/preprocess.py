@@ -54,9 +54,9 @@ class PreprocessConfig(BaseModel):
 
     @property
     def label(self) -> str:
-        """The steps that are taken, as in `wiener, trim`; `as it is` without any."""
+        """The steps that are taken, as in `wiener and trim`; `as it is` without any."""
         named = (self.denoise, "trim" if self.trim else "none", self.normalise)
-        return ", ".join(step for step in named if step != "none") or "as it is"
+        return " and ".join(step for step in named if step != "none") or "as it is"
 
 
 def prepare(wave: Wave, sample_rate_hz: int, config: PreprocessConfig) -> Wave:

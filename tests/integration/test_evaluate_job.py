@@ -21,6 +21,7 @@ from ops.configuration import load
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "whisper" / "tiny.yaml"
 OVERRIDES = ("registered_name=whisper-to-evaluate", "data.test_utterances=40", "evaluate.replicates=200")
+OTHER_STEPS = "evaluate.preprocess=[{denoise: wiener, trim: true}]"
 TIME_LIMIT_S = 400
 
 
@@ -58,12 +59,12 @@ def test_champion_and_baseline_are_compared_with_slices_from_feast(repo: Path, h
     found = splits(config.data, None, home)
     register(config, found, mlflow_uri, home)
     write_features(found, home / "features" / "offline" / "utterance_audio")
-    overrides = [part for override in OVERRIDES for part in ("--set", override)]
+    overrides = [part for override in (*OVERRIDES, OTHER_STEPS) for part in ("--set", override)]
     done = job(["--config", TINY, *overrides, "--repo", repo], {"MLFLOW_TRACKING_URI": mlflow_uri})
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["samples"], result["features_found"], result["features_missing"]) == (40, 40, 0)
-    for system in ("champion", "baseline"):
+    for system in ("champion", "baseline", "champion: wiener and trim"):
         assert result[system]["wer_low"] <= result[system]["wer"] <= result[system]["wer_high"]
     difference = result["champion"]["cer"] - result["baseline"]["cer"]
     assert abs(result["difference"]["cer"] - difference) < 1e-9
