@@ -201,7 +201,7 @@ class WhisperConfig(_Section):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
-    def _whole_embedding(self) -> Self:
+    def _head_is_whole(self) -> Self:
         if self.network.ctc and self.train.parallelism != "ddp":
             raise ValueError("network.ctc needs train.parallelism=ddp: its head is no part of the sharded network")
         return self

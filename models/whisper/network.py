@@ -25,6 +25,7 @@ from transformers import (
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 CHARACTERS = "'abcdefghijklmnopqrstuvwxyz"
 WINDOW_S = 0.032
+CTC_HEAD = "ctc_head"
 
 
 class NetworkError(ValueError):
@@ -140,9 +141,6 @@ def adapt(network: nn.Module, *, r: int, alpha: int, dropout: float, targets: tu
     # WhisperForConditionalGeneration takes input_features, which no task type of peft passes on.
     config = PeftLoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type=None)
     return cast(PeftModel, get_peft_model(network, config))
-
-
-CTC_HEAD = "ctc_head"
 
 
 def with_ctc_head(network: nn.Module, width: int, tokens: int) -> nn.Module:
