@@ -20,22 +20,22 @@ def disturb(wave: Array, config: AugmentConfig, rng: np.random.Generator) -> Arr
     return np.asarray(faster + rng.normal(0, level, len(faster)), np.float32)
 
 
-def mask(mel_FT: Array, frames: int, config: AugmentConfig, rng: np.random.Generator) -> Array:
+def distort(mel_FT: Array, frames: int, config: AugmentConfig, rng: np.random.Generator) -> Array:
     """Change log-mel features: another vocal tract, another microphone, and what is hidden by the mean.
 
     The frequencies are warped as a vocal tract of another length does (Jaitly and Hinton, 2013), the spectrum is
     tilted, and bands of bins and spans of the first `frames` are hidden as by SpecAugment (Park et al., 2019).
     """
-    masked = _warped(mel_FT, 1 + rng.uniform(-config.warp, config.warp)) if config.warp else mel_FT.copy()
-    bins = len(masked)
-    masked += np.linspace(-1, 1, bins, dtype=np.float32)[:, None] * np.float32(rng.uniform(-config.tilt, config.tilt))
-    fill = masked[:, :frames].mean() if frames else np.float32(0)
+    heard = _warped(mel_FT, 1 + rng.uniform(-config.warp, config.warp)) if config.warp else mel_FT.copy()
+    bins = len(heard)
+    heard += np.linspace(-1, 1, bins, dtype=np.float32)[:, None] * np.float32(rng.uniform(-config.tilt, config.tilt))
+    fill = heard[:, :frames].mean() if frames else np.float32(0)
     for _ in range(config.masks):
         low, width = _span(bins, config.mask_share, rng)
-        masked[low : low + width] = fill
+        heard[low : low + width] = fill
         start, length = _span(frames, config.mask_share, rng)
-        masked[:, start : start + length] = fill
-    return masked
+        heard[:, start : start + length] = fill
+    return heard
 
 
 def _warped(mel_FT: Array, factor: float) -> Array:

@@ -19,7 +19,7 @@ from models.registry import BASELINE, ModelVersion, Registry
 from models.runs import Run, claimed, flatten, opened
 from models.whisper import network as networks
 from models.whisper import predict
-from models.whisper.augment import disturb, mask
+from models.whisper.augment import distort, disturb
 from models.whisper.config import WhisperConfig
 from models.whisper.predict import WhisperPredictor
 from models.whisper.preprocess import prepare
@@ -99,13 +99,13 @@ class WhisperTask:
             for one, rng in zip(drawn, generators, strict=True)
         ]
         mel_BFT = self.features(waves, sampling_rate=rate_hz, return_tensors="np").input_features
-        masked = [
-            mask(mel_FT, len(wave) // self.features.hop_length, self.config.augment, rng)
+        distorted = [
+            distort(mel_FT, len(wave) // self.features.hop_length, self.config.augment, rng)
             for mel_FT, wave, rng in zip(mel_BFT, waves, generators, strict=True)
         ]
         texts = [one.text for one in drawn]
         return {
-            "input_features": torch.from_numpy(np.stack(masked)),
+            "input_features": torch.from_numpy(np.stack(distorted)),
             "labels": networks.labels(self.tokens, texts, self._start_token),
         }
 

@@ -188,10 +188,3 @@ def test_no_piece_is_too_long_and_every_sample_is_in_one(samples: int, longest: 
     assert all(0 <= end - start <= longest for start, end in zip(starts, ends, strict=True))
     assert cuts == sorted(set(cuts))
     assert len(cuts) <= max(0, samples - 1) // max(1, longest // 2 - margin)
-
-
-def test_a_cut_is_where_it_is_quiet() -> None:
-    wave = np.ones(300, np.float32)
-    wave[120:140] = 0
-    (cut,) = quiet_cuts(wave, 100, 200)
-    assert 125 <= cut <= 135

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import predictor as predictors
 from models.whisper import network as networks
 from models.whisper.audio import AudioError
-from models.whisper.augment import disturb, mask
+from models.whisper.augment import distort, disturb
 from models.whisper.config import AugmentConfig, DigitsConfig, WhisperConfig
 from models.whisper.digits import Sequences
 from models.whisper.predict import Transcript, WhisperPredictor
@@ -178,8 +178,9 @@ def test_the_encoder_is_asked_for_the_letters_in_their_order() -> None:
     )
 
 
-def test_the_encoders_loss_trains_the_encoder_alone_too() -> None:
-    one = task(ctc=0.5)
+@pytest.mark.parametrize("lora", [None, {"r": 2, "alpha": 4, "dropout": 0.0}])
+def test_the_encoders_loss_trains_the_encoder_alone_too(lora: dict[str, float] | None) -> None:
+    one = task(ctc=0.5, lora=lora)
     network = one.build()
     total, _ = one.loss(network, one.batch([(0, 1), (0, 2)]))
     total.backward()
@@ -193,19 +194,19 @@ def test_the_encoders_loss_trains_the_encoder_alone_too() -> None:
 def test_masks_hide_no_more_than_their_share(seed: int, frames: int, share: float, masks: int) -> None:
     mel_FT = np.random.default_rng(seed).normal(size=(20, 50)).astype(np.float32)
     config = AugmentConfig(masks=masks, mask_share=share)
-    masked = mask(mel_FT, frames, config, np.random.default_rng(seed))
+    masked = distort(mel_FT, frames, config, np.random.default_rng(seed))
     hidden = masked != mel_FT
     whole_bins, whole_frames = hidden.all(axis=1).sum(), hidden.all(axis=0).sum()
     assert whole_bins <= masks * round(20 * share)
     assert whole_frames <= masks * round(frames * share)
     assert not hidden[~hidden.all(axis=1)][:, frames:].any(), "what comes after the speech is no span of it"
-    again = mask(mel_FT, frames, config, np.random.default_rng(seed))
+    again = distort(mel_FT, frames, config, np.random.default_rng(seed))
     assert np.array_equal(masked, again)
 
 
 def test_a_tilt_moves_the_ends_most() -> None:
     flat = np.zeros((21, 5), np.float32)
-    tilted = mask(flat, 5, AugmentConfig(tilt=0.3), np.random.default_rng(1))
+    tilted = distort(flat, 5, AugmentConfig(tilt=0.3), np.random.default_rng(1))
     assert tilted[10] == pytest.approx(np.zeros(5), abs=1e-6)
     assert tilted[0] == pytest.approx(-tilted[-1])
     assert 0 < abs(tilted[0][0]) <= 0.3
@@ -224,7 +225,7 @@ def test_a_warped_tone_is_the_tone_of_another_vocal_tract(hz: float) -> None:
     config = AugmentConfig(warp=0.2)
     for seed in range(4):
         factor = 1 + np.random.default_rng(seed).uniform(-0.2, 0.2)
-        warped = mask(mel_FT, 50, config, np.random.default_rng(seed))
+        warped = distort(mel_FT, 50, config, np.random.default_rng(seed))
         assert abs(int(warped[:, 20].argmax()) - loudest(hz / factor)[1]) <= 1
 
 
