@@ -32,7 +32,8 @@ class DigitsConfig(_Utterances):
     folder: str = "speech-fsdd"
     """Below the data folder: `recordings/<digit>_<speaker>_<index>.wav`."""
     split: Literal["recording", "speaker"] = "recording"
-    """What train, validation and test never share: the index of a recording, or the person who speaks."""
+    """What the test split shares with no other: the index of a recording, or the person who speaks. Validation always
+    has other recordings of those who speak in training."""
     digits: tuple[int, int] = (2, 5)
     """Fewest and most digits of an utterance; the first epochs have fewer."""
     gap_s: tuple[float, float] = (0.02, 0.15)
@@ -42,8 +43,8 @@ class DigitsConfig(_Utterances):
     """Voices of espeak-ng for synthetic speech; each counts as a speaker."""
     rates_wpm: tuple[int, ...] = (120, 135, 150, 165, 180, 195, 210, 225, 240, 255)
     """Speaking rates of synthetic speech; each counts as the index of a recording."""
-    add_synthetic: bool = False
-    """Train on synthetic voices beside the recorded ones."""
+    synthetic_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the training utterances that synthetic voices say, where there are recordings."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:

@@ -1,7 +1,8 @@
 """Utterances of spoken digits: real recordings or synthetic speech, split so that nothing leaks.
 
-Single digits form three pools, split by the index of the recording or by the speaker. Validation and test are
-sequences drawn once from their pools by the seed; training draws new sequences in every epoch.
+Single digits form three pools: the test pool has recordings, or a speaker, of its own, and validation other recordings
+of the speakers who are heard in training. Validation and test are sequences drawn once from their pools by the seed;
+training draws new sequences in every epoch.
 """
 
 import json
@@ -9,8 +10,8 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _NAME = re.compile(r"(\d)_([^_]+)_(\d+)\.wav")
-_HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,15 @@ def splits(config: DigitsConfig, data: Path | None) -> Splits:
     folder = _recordings(config, data)
     digits, skipped = _read(folder, config.sample_rate_hz) if folder else (_synthesise(config), 0)
     source = "recordings" if folder else "synthetic"
-    groups = sorted({_group(config, digit) for digit in digits})
-    if len(groups) < 3:
-        raise DataError(f"{source}: a split by {config.split} needs 3 or more of them, found {len(groups)}.")
-    held = max(1, round(_HELD_OUT * len(groups)))
-    test, validation = frozenset(groups[:held]), frozenset(groups[held : 2 * held])
-    pools: dict[str, list[Digit]] = {"train": [], "validation": [], "test": []}
-    for digit in digits:
-        group = _group(config, digit)
-        pools["test" if group in test else "validation" if group in validation else "train"].append(digit)
-    if folder and config.add_synthetic:
-        pools["train"] += _synthesise(config)
-    tested = _held_out(pools["test"], config, "test", config.test_utterances)
+    test, rest = _held_back(digits, "speaker" if config.split == "speaker" else "index")
+    validation, train = _held_back(rest, "index")
+    if not train:
+        raise DataError(f"{source}: too few to split by {config.split}: 3 recordings are needed, or 2 of 2 speakers.")
+    synthetic = _synthesise(config) if folder and config.synthetic_share else []
+    tested = _held_out(test, config, "test", config.test_utterances)
     return Splits(
-        train=Sequences([_single(digit, config) for digit in pools["train"]], config),
-        validation=_held_out(pools["validation"], config, "validation", config.validation_utterances),
+        train=Sequences(_singles(train, config), config, synthetic=_singles(synthetic, config)),
+        validation=_held_out(validation, config, "validation", config.validation_utterances),
         test=tested,
         source=source,
         hash=content_hash(tested),
@@ -79,16 +73,12 @@ class Sequences:
     would be longer than `config.max_seconds`.
     """
 
-    def __init__(self, utterances: Sequence[Utterance], config: DigitsConfig) -> None:
-        self.utterances = utterances
+    def __init__(
+        self, recorded: Sequence[Utterance], config: DigitsConfig, synthetic: Sequence[Utterance] = ()
+    ) -> None:
+        self.utterances = (*recorded, *synthetic)
+        self._recorded, self._synthetic = _by_speaker(recorded), _by_speaker(synthetic)
         self._config = config
-
-    @cached_property
-    def _by_speaker(self) -> Mapping[str, Sequence[Utterance]]:
-        speakers: dict[str, list[Utterance]] = {}
-        for digit in self.utterances:
-            speakers.setdefault(digit.speaker, []).append(digit)
-        return dict(sorted(speakers.items()))
 
     def draw(self, rng: np.random.Generator, epoch: int) -> Utterance:
         """Concatenate digits as the generator says; the id is empty.
@@ -96,8 +86,10 @@ class Sequences:
         The first epoch has single digits, and each one after it a digit more, up to the configured length: a network
         that first learns what a digit sounds like learns much sooner where in a sequence to listen.
         """
-        speaker = str(rng.choice(list(self._by_speaker)))
-        pool = self._by_speaker[speaker]
+        synthetic = self._synthetic and rng.random() < self._config.synthetic_share
+        speakers = self._synthetic if synthetic else self._recorded
+        speaker = str(rng.choice(list(speakers)))
+        pool = speakers[speaker]
         fewest, longest = self._config.digits
         longest = min(longest, 1 + epoch)
         rate_hz = self._config.sample_rate_hz
@@ -114,6 +106,13 @@ class Sequences:
 
     def _silence(self, rng: np.random.Generator) -> NDArray[np.float32]:
         return np.zeros(round(rng.uniform(*self._config.gap_s) * self._config.sample_rate_hz), np.float32)
+
+
+def _by_speaker(digits: Sequence[Utterance]) -> Mapping[str, Sequence[Utterance]]:
+    speakers: dict[str, list[Utterance]] = {}
+    for digit in digits:
+        speakers.setdefault(digit.speaker, []).append(digit)
+    return dict(sorted(speakers.items()))
 
 
 def _recordings(config: DigitsConfig, data: Path | None) -> Path | None:
@@ -164,17 +163,24 @@ def _synthesise(config: DigitsConfig) -> list[Digit]:
     ]
 
 
-def _group(config: DigitsConfig, digit: Digit) -> tuple[int, str]:
-    return (digit.index, "") if config.split == "recording" else (0, digit.speaker)
+def _held_back(digits: Sequence[Digit], field: Literal["speaker", "index"]) -> tuple[list[Digit], list[Digit]]:
+    """The digits of the first tenth of the speakers or recordings, and the others."""
+    groups = sorted({getattr(digit, field) for digit in digits})
+    first = frozenset(groups[: -(-len(groups) // 10)])
+    return [one for one in digits if getattr(one, field) in first], [
+        one for one in digits if getattr(one, field) not in first
+    ]
 
 
-def _single(digit: Digit, config: DigitsConfig) -> Utterance:
-    name = f"{digit.word}-{digit.speaker}-{digit.index}"
-    return Utterance(name, digit.wave, digit.word, digit.speaker, config.sample_rate_hz)
+def _singles(digits: Sequence[Digit], config: DigitsConfig) -> list[Utterance]:
+    return [
+        Utterance(f"{one.word}-{one.speaker}-{one.index}", one.wave, one.word, one.speaker, config.sample_rate_hz)
+        for one in digits
+    ]
 
 
 def _held_out(pool: Sequence[Digit], config: DigitsConfig, part: str, count: int) -> tuple[Utterance, ...]:
-    sequences = Sequences([_single(digit, config) for digit in pool], config)
+    sequences = Sequences(_singles(pool, config), config)
     rng = np.random.default_rng([config.seed, len(part), count])
     drawn = (sequences.draw(rng, config.digits[1]) for _ in range(count))
     return tuple(replace(one, id=f"{part}-{number:04d}-{content_hash((one,))[:8]}") for number, one in enumerate(drawn))

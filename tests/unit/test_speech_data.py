@@ -65,16 +65,17 @@ def test_recordings_of_the_test_split_are_in_no_other(data: Path) -> None:
     assert {one.speaker for one in found.test} == {"ann", "bob", "cy"}
 
 
-def test_a_split_by_speaker_shares_no_speaker(data: Path) -> None:
-    found = splits(config(split="speaker"), data)
+def test_a_split_by_speaker_tests_a_speaker_of_whom_nothing_else_is_heard(data: Path) -> None:
+    found = splits(config(split="speaker", digits=(1, 1), gap_s=(0, 0)), data)
     speakers = [{one.speaker for one in part} for part in (found.train.utterances, found.validation, found.test)]
-    assert speakers == [{"cy"}, {"bob"}, {"ann"}]
+    assert speakers == [{"bob", "cy"}, {"bob", "cy"}, {"ann"}]
+    assert not lengths(found.train.utterances) & lengths(found.validation)
 
 
 def test_synthetic_voices_are_added_to_training_alone(data: Path) -> None:
-    voices = {"voices": ("en-us",), "rates_wpm": (150, 180), "add_synthetic": True}
+    voices = {"voices": ("en-us",), "rates_wpm": (150, 180), "synthetic_share": 0.5}
     found, without = splits(config(split="speaker", **voices), data), splits(config(split="speaker"), data)
-    assert {one.speaker for one in found.train.utterances} == {"cy", "en-us"}
+    assert {one.speaker for one in found.train.utterances} == {"bob", "cy", "en-us"}
     assert found.hash == without.hash
     assert [one.id for one in found.validation] == [one.id for one in without.validation]
 
@@ -120,7 +121,7 @@ def test_too_few_groups_are_refused(tmp_path: Path) -> None:
     recordings = tmp_path / "speech-fsdd" / "recordings"
     recordings.mkdir(parents=True)
     (recordings / "1_ann_0.wav").write_bytes(encoded(tone(100, 0.3)))
-    with pytest.raises(DataError, match="a split by recording needs 3 or more"):
+    with pytest.raises(DataError, match="too few to split by recording"):
         splits(config(), tmp_path)
 
 
