@@ -4,6 +4,7 @@ The same network, data, optimizer and clipping as the harness has, and nothing e
 """
 
 import json
+import os
 import sys
 import time
 
@@ -18,8 +19,8 @@ from models.training.order import pick
 
 def main() -> None:
     """Train, and print steps a second on rank 0."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // dist.get_world_size()))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     network = DistributedDataParallel(TASK.build())
