@@ -27,7 +27,9 @@ BACK_S = {"sigkill": 15.0, "sigstop": 30.0}
 
 def main() -> None:
     """Measure in turns, so that a busy machine is busy for all, and write the medians."""
-    conditions = f"{TASK}, batch {BATCH}, gloo, the cores shared out among the workers; median of {ROUNDS} in turns; {machine()}"
+    conditions = (
+        f"{TASK}, batch {BATCH}, gloo, the cores shared out among the workers; median of {ROUNDS} in turns; {machine()}"
+    )
     plain: dict[int, list[float]] = {1: [], 2: []}
     ours: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(ROUNDS):
