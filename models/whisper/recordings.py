@@ -49,7 +49,7 @@ def splits(config: RecordingsConfig, data: Path | None) -> Splits:
         found.append(Utterance(path.stem, wave, text, SUBSET, config.sample_rate_hz, SUBSET))
     found.sort(key=lambda one: hashlib.sha256(f"{config.seed}/{one.id}".encode()).digest())
     tested = max(1, round(config.test_share * len(found)))
-    validated = min(config.validation_utterances, max(1, tested // 4))
+    validated = max(1, min(config.validation_utterances, tested // 4, (len(found) - tested) // 2))
     if len(found) < tested + validated + 1:
         raise DataError(f"{config.folder}: {len(found)} recordings ({skipped} skipped) are too few for three splits.")
     test = tuple(

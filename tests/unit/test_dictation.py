@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from hypothesis import strategies as st
 from evaluation.metrics.term_recall import TermRecall
 from models.whisper import dictation, recordings
 from models.whisper.conditions import EASY_EPOCHS, Noises, Noisy
-from models.whisper.config import DictationConfig, NoiseConfig, RecordingsConfig
+from models.whisper.config import DictationConfig, NoiseConfig, RecordingsConfig, WhisperConfig
 from models.whisper.sentences import DOMAINS, Domain, SentenceError, named, terms_in
 from models.whisper.speech import Spoken
 from models.whisper.utterances import DataError, Utterance, utterance_features
+from ops.configuration import load
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "whisper"
 RATE_HZ = 8000
 
 
@@ -179,6 +182,22 @@ def test_recorded_lines_are_split_by_recording(sentences: Path, caplog: pytest.L
     assert len(found.train.utterances) + len(found.validation) + len(found.test) // 13 == 10
     with pytest.raises(DataError, match="set MILLRACE_DATA"):
         recordings.splits(lines, None)
+
+
+def test_a_large_test_split_leaves_something_for_the_others(sentences: Path) -> None:
+    lines = RecordingsConfig(kind="recordings", layout="ljspeech", folder="lines", sample_rate_hz=RATE_HZ)
+    found = recordings.splits(lines.model_copy(update={"test_share": 0.8}), sentences)
+    assert (len(found.train.utterances), len(found.validation), len(found.test) // 13) == (1, 1, 8)
+
+
+@pytest.mark.skipif("MILLRACE_DATA" not in os.environ, reason="needs the recordings of MILLRACE_DATA")
+@pytest.mark.parametrize("name", ["orders", "ljspeech"])
+def test_the_configurations_of_real_recordings_find_all_of_them(name: str) -> None:
+    config = load(WhisperConfig, CONFIGS / f"{name}.yaml", [])
+    assert isinstance(config.data, RecordingsConfig)
+    found = recordings.splits(config.data, Path(os.environ["MILLRACE_DATA"]))
+    assert found.skipped == 0
+    assert all((found.train.utterances, found.validation, found.test))
 
 
 def test_orders_have_terms_in_place_of_transcripts(tmp_path: Path) -> None:
