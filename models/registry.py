@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
+PREVIOUS = "previous"
 BASELINE = "baseline"
 
 
@@ -57,6 +58,23 @@ class Registry:
         self._client.set_model_version_tag(name, str(version), f"{alias}.reason", reason)
         self._client.set_registered_model_alias(name, alias, str(version))
 
+    def promote(self, name: str, version: int, reason: str) -> None:
+        """Make a version the champion; the one before stays as `previous`, to roll back to."""
+        present = self.aliases().get((name, CHAMPION))
+        if present is not None and present != version:
+            self.set_alias(name, PREVIOUS, present, f"champion before version {version}")
+        self.set_alias(name, CHAMPION, version, reason)
+
+    def roll_back(self, name: str, reason: str) -> int:
+        """Make the previous champion the champion again; the version that is now one becomes `previous`.
+
+        Raises:
+            RegistryError: there is no previous one.
+        """
+        previous = self.resolve(name, PREVIOUS).version
+        self.promote(name, previous, reason)
+        return previous
+
     def enter(
         self,
         version: ModelVersion,
@@ -80,7 +98,7 @@ class Registry:
         """
         name, split = version.name, version.tags["split_hash"]
         if (name, CHAMPION) not in self.aliases():
-            self.set_alias(name, CHAMPION, version.version, "the first version")
+            self.promote(name, version.version, "the first version")
             return CHAMPION
         champion = self.resolve(name, CHAMPION)
         same = champion.tags.get("split_hash") == split
@@ -90,10 +108,12 @@ class Registry:
             self.set_alias(name, CHALLENGER, version.version, reason)
             return CHALLENGER
         better = value > to_beat if higher_is_better else value < to_beat
-        alias = CHAMPION if better else CHALLENGER
         reason = f"{metric} {value:.4f} against {to_beat:.4f} of version {champion.version} on split {split}"
-        self.set_alias(name, alias, version.version, reason)
-        return alias
+        if better:
+            self.promote(name, version.version, reason)
+            return CHAMPION
+        self.set_alias(name, CHALLENGER, version.version, reason)
+        return CHALLENGER
 
     def aliases(self) -> dict[tuple[str, str], int]:
         """The version of every (name, alias), all models in one query; an empty registry gives an empty mapping."""

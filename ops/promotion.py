@@ -10,9 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.statistics import Resampling, difference
-from models.registry import CHAMPION, Registry, RegistryError
 
-PREVIOUS = "previous"
 Sums = Sequence[tuple[float, float]]
 """A metric's (sum, count) of each sample; the metric of all samples is the sum of sums over the sum of counts."""
 
@@ -107,27 +105,6 @@ def decide(
             but = f"but {name} {new:.4f} against {old:.4f}: worse by more than {allowed:g}"
             return Decision(False, f"{figures}, {but}", gain, low, high)
     return Decision(True, figures, gain, low, high)
-
-
-def promote(registry: Registry, name: str, version: int, reason: str) -> None:
-    """Make a version the champion; the one before stays as `previous`, to roll back to."""
-    present = registry.aliases().get((name, CHAMPION))
-    if present is not None and present != version:
-        registry.set_alias(name, PREVIOUS, present, f"champion before version {version}")
-    registry.set_alias(name, CHAMPION, version, reason)
-
-
-def roll_back(registry: Registry, name: str, reason: str) -> int:
-    """Make the previous champion the champion again; the version that is now one becomes `previous`.
-
-    Raises:
-        RegistryError: there is no previous one.
-    """
-    present, previous = registry.resolve(name, CHAMPION), registry.resolve(name, PREVIOUS)
-    if present.version == previous.version:
-        raise RegistryError(f"{name}: the champion is already the previous version {previous.version}.")
-    promote(registry, name, previous.version, reason)
-    return previous.version
 
 
 def _rate(sums: NDArray[np.float64]) -> float:

@@ -11,7 +11,7 @@ from models.registry import CHALLENGER, CHAMPION, ModelVersion, Registry
 from ops.configuration import load
 from ops.environment import Environment
 from ops.jobs import JobError, parser, run
-from ops.promotion import Decision, Gate, decide, promote, roll_back
+from ops.promotion import Decision, Gate, decide
 
 
 def main() -> dict[str, object]:
@@ -23,12 +23,12 @@ def main() -> dict[str, object]:
     config: Any = load(kind.config, arguments.config, arguments.overrides)
     name, registry = config.registered_name, Registry(environment.tracking_uri)
     if arguments.roll_back:
-        version = roll_back(registry, name, arguments.reason or "rolled back by hand")
+        version = registry.roll_back(name, arguments.reason or "rolled back by hand")
         return {"model": name, "promoted": True, "version": version}
     candidate = registry.resolve(name, arguments.candidate)
     gate = _gate(arguments, kind)
     if (name, CHAMPION) not in registry.aliases():
-        promote(registry, name, candidate.version, "the first champion")
+        registry.promote(name, candidate.version, "the first champion")
         return {"model": name, "promoted": True, "version": candidate.version, "reason": "the first champion"}
     champion = registry.resolve(name, CHAMPION)
     if champion.version == candidate.version:
@@ -40,7 +40,7 @@ def main() -> dict[str, object]:
     decision: Decision = decide(gate, scores[0], scores[1], kind.metrics)
     reason = f"{decision.reason}, version {candidate.version} against {champion.version}"
     if decision.promoted:
-        promote(registry, name, candidate.version, arguments.reason or reason)
+        registry.promote(name, candidate.version, arguments.reason or reason)
     versions = {"version": candidate.version, "champion": champion.version}
     return {"model": name, **versions, **asdict(decision), "reason": reason}
 

@@ -1,14 +1,12 @@
 """The gate of a promotion, and the aliases that it leaves."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.registry import CHAMPION, Registry, RegistryError
-from ops.promotion import PREVIOUS, Gate, decide, promote, roll_back
+from ops.promotion import Gate, decide
 
 Sums = list[tuple[float, float]]
 
@@ -52,31 +50,3 @@ def test_a_direction_turned_round_turns_the_gain(first: list[int], second: list[
     assert higher.gain == pytest.approx(-lower.gain)
     assert not (higher.promoted and lower.promoted)
     assert not decide(Gate("x", True), {"x": own}, {"x": own}, {}).promoted
-
-
-def test_a_champion_can_be_rolled_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    aliases: dict[tuple[str, str], int] = {}
-    reasons: dict[int, str] = {}
-    registry = Registry.__new__(Registry)
-    monkeypatch.setattr(registry, "aliases", lambda: dict(aliases), raising=False)
-
-    def set_alias(name: str, alias: str, version: int, reason: str) -> None:
-        aliases[name, alias] = version
-        reasons[version] = reason
-
-    def resolve(name: str, alias: str) -> object:
-        if (name, alias) not in aliases:
-            raise RegistryError(f"{name}@{alias} is not registered.")
-        return type("Version", (), {"version": aliases[name, alias]})
-
-    monkeypatch.setattr(registry, "set_alias", set_alias)
-    monkeypatch.setattr(registry, "resolve", resolve)
-    promote(registry, "m", 1, "first")
-    assert aliases == {("m", CHAMPION): 1}
-    with pytest.raises(RegistryError, match="m@previous"):
-        roll_back(registry, "m", "?")
-    promote(registry, "m", 2, "better")
-    assert aliases == {("m", CHAMPION): 2, ("m", PREVIOUS): 1}
-    assert roll_back(registry, "m", "it is slow") == 1
-    assert aliases == {("m", CHAMPION): 1, ("m", PREVIOUS): 2}
-    assert reasons[1] == "it is slow"
