@@ -1,4 +1,4 @@
-"""The gate of a promotion, and the aliases that it leaves."""
+"""The gate of a promotion."""
 
 from collections.abc import Sequence
 
