@@ -26,7 +26,7 @@ from ops.ports import free_ports
 from streaming.partition import Partition
 from streaming.simulators import bulk
 from streaming.views import plans
-from streaming.wire import Consumer
+from streaming.consumer import Consumer
 from streaming.worker import RECORDS_A_BATCH
 
 EVENTS = 10_000_000

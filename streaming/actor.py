@@ -11,6 +11,7 @@ from feast import FeatureStore, FileSource, RepoConfig
 
 from streaming.changelog import ChangelogSink, Published
 from streaming.checkpoint import CheckpointStore
+from streaming.consumer import Consumer
 from streaming.control import DriftLog
 from streaming.deriving.derivation import Derivation
 from streaming.deriving.deriver import Deriver
@@ -24,7 +25,6 @@ from streaming.offline import OfflineLog
 from streaming.plan import Plan
 from streaming.rejects import RejectLog
 from streaming.sinks import OnlineSink
-from streaming.wire import Consumer
 from streaming.worker import Worker
 
 log = logging.getLogger(__name__)

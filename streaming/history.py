@@ -16,11 +16,11 @@ from pyarrow import fs as pafs
 
 from streaming import arrow_columns
 from streaming.checkpoint import filesystem
+from streaming.consumer import Consumer
 from streaming.decode import Columns
 from streaming.plan import Plan
 from streaming.records import Bytes, Ints, RecordBatch, Reject
 from streaming.transformations import Reader
-from streaming.wire import Consumer
 
 ROWS_A_CHUNK = 131_072
 BYTES_A_CHUNK = 16 << 20

@@ -14,10 +14,10 @@ from kafka import KafkaProducer
 
 from streaming import backfill, history
 from streaming.checkpoint import CheckpointStore
+from streaming.consumer import Consumer
 from streaming.offline import OfflineLog
 from streaming.plan import Aggregate, Column, Plan
 from streaming.topics import ensure_topics
-from streaming.wire import Consumer
 from streaming.worker import Worker
 
 ROOT = Path(__file__).parents[2]

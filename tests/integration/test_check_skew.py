@@ -14,11 +14,11 @@ from feast import FeatureStore
 from kafka import KafkaProducer
 
 from streaming.checkpoint import CheckpointStore
+from streaming.consumer import Consumer
 from streaming.offline import OfflineLog
 from streaming.records import Emission
 from streaming.topics import ensure_topics
 from streaming.views import plans
-from streaming.wire import Consumer
 from streaming.worker import Worker
 
 ROOT = Path(__file__).parents[2]

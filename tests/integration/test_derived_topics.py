@@ -24,6 +24,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.partitioner.default import murmur2
 
 from streaming.checkpoint import CheckpointStore, StaleEpochError
+from streaming.consumer import Consumer
 from streaming.derived import rekeyed
 from streaming.deriving.derivation import TAG, Derivation
 from streaming.deriving.deriver import Deriver
@@ -33,7 +34,6 @@ from streaming.rejects import RejectLog
 from streaming.supervisor import Supervisor
 from streaming.topics import ensure_topics
 from streaming.views import derivations, plans
-from streaming.wire import Consumer
 
 ROOT = Path(__file__).parents[2]
 START = pd.Timestamp("2024-05-01T00:00:00Z")

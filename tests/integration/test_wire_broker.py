@@ -4,8 +4,9 @@ from random import Random
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
+from streaming.consumer import Consumer
 from streaming.topics import ensure_topics
-from streaming.wire import ColumnarRecords, Consumer
+from streaming.wire import ColumnarRecords
 
 CODECS = (None, "gzip", "snappy", "lz4", "zstd")
 

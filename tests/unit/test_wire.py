@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from kafka.errors import CorruptRecordError
 from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 
+from streaming.consumer import _packed, _pieces
 from streaming.records import RecordBatch
-from streaming.wire import _all_columnar, _packed, _pieces, from_records, parse_batch
+from streaming.wire import _all_columnar, from_records, parse_batch
 
 CODECS = {"none": 0, "gzip": 1, "snappy": 2, "lz4": 3, "zstd": 4}
 DATA = st.none() | st.binary(max_size=200)
