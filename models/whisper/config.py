@@ -167,8 +167,6 @@ class AugmentConfig(_Section):
     """Largest relative change of speed."""
     noise_db: float = -45.0
     """Loudest white noise, relative to the utterance's level."""
-    warp: float = Field(0.0, ge=0, lt=0.5)
-    """Largest relative change of the frequencies of the features, as by a vocal tract of another length."""
     tilt: float = Field(0.0, ge=0)
     """Largest change of the lowest and the highest bin of the log-mel features, in their own unit of 40 dB."""
     masks: int = Field(0, ge=0)
