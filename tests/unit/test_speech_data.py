@@ -141,19 +141,37 @@ def test_unknown_voices_and_silent_texts_are_refused() -> None:
         synthesise([Spoken(" ", "en", 160)])
 
 
-@given(seed=st.integers(0, 10**6), fewest=st.integers(1, 3), more=st.integers(0, 3), epoch=st.integers(0, 8))
-def test_sequences_keep_their_bounds(seed: int, fewest: int, more: int, epoch: int) -> None:
-    pool = [Utterance("", tone(200, 0.3), word, speaker, RATE_HZ) for word in WORDS for speaker in ("ann", "bob")]
-    wanted = config(digits=(fewest, fewest + more), max_seconds=1)
-    sequences = Sequences(pool, wanted)
+def singles(*speakers: str) -> list[Utterance]:
+    return [Utterance("", tone(200, 0.3), word, speaker, RATE_HZ) for word in WORDS for speaker in speakers]
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    fewest=st.integers(1, 3),
+    more=st.integers(0, 3),
+    epoch=st.integers(0, 8),
+    max_seconds=st.integers(1, 4),
+)
+def test_sequences_keep_their_bounds(seed: int, fewest: int, more: int, epoch: int, max_seconds: int) -> None:
+    wanted = config(digits=(fewest, fewest + more), gap_s=(0.05, 0.1), max_seconds=max_seconds)
+    sequences = Sequences(singles("ann", "bob"), wanted)
     one = sequences.draw(np.random.default_rng(seed), epoch)
     again = sequences.draw(np.random.default_rng(seed), epoch)
     assert one.text == again.text
     assert (one.wave == again.wave).all()
-    assert len(one.wave) <= RATE_HZ
+    assert len(one.wave) <= max_seconds * RATE_HZ
     words = one.text.split()
-    assert 1 <= len(words) <= min(fewest + more, 1 + epoch)
+    fitting = int((max_seconds - 0.1) / 0.4)  # a silence before all of them, one after each
+    assert min(fewest, 1 + epoch, fitting) <= len(words) <= min(fewest + more, 1 + epoch)
     assert len(one.wave) >= len(words) * 0.3 * RATE_HZ
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
+def test_the_share_of_synthetic_speech_is_that_of_the_draws(share: float) -> None:
+    sequences = Sequences(singles("ann", "bob", "cy"), config(synthetic_share=share), synthetic=singles("robot"))
+    rng = np.random.default_rng(1)
+    drawn = [sequences.draw(rng, epoch=4).speaker for _ in range(1000)]
+    assert drawn.count("robot") == pytest.approx(1000 * share, abs=50 if share else 0)
 
 
 def test_features_describe_what_is_heard(tmp_path: Path) -> None:
@@ -206,12 +224,20 @@ def test_samples_that_are_no_numbers_are_refused() -> None:
 
 @given(st.binary(min_size=1, max_size=300))
 def test_no_upload_breaks_the_decoder(noise: bytes) -> None:
-    for data in (noise, encoded(tone(440, 0.1))[:44] + noise, encoded(tone(440, 0.1), kind="FLAC")[:40] + noise):
+    for data in (noise, encoded(tone(440, 0.1), kind="FLAC")[:40] + noise):
         try:
             wave = decode(data, RATE_HZ, max_seconds=10.0)
-        except AudioError:
-            continue
-        assert np.isfinite(wave).all()
+        except AudioError as refusal:
+            assert str(refusal)
+        else:
+            assert np.isfinite(wave).all()
+
+
+@given(st.binary(min_size=2, max_size=300))
+def test_any_samples_after_a_header_are_heard(noise: bytes) -> None:
+    wave = decode(encoded(tone(440, 0.1))[:44] + noise, RATE_HZ, max_seconds=10.0)
+    assert len(wave) == len(noise) // 2
+    assert np.abs(wave).max() <= 1
 
 
 def test_resampling_keeps_a_tone() -> None:
