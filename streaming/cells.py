@@ -1,6 +1,7 @@
 """The partial aggregates of all entities as one array of cells, with the sketches that some of the cells name."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -9,14 +10,16 @@ import numpy.typing as npt
 from streaming import partials, sketches
 from streaming.compile_kernels import kernel
 from streaming.plan import Aggregate
-from streaming.records import Floats, Ints
+from streaming.records import Bools, Floats, Ints
 from streaming.sketches import Pools
 
 T = TypeVar("T", bound=np.generic)
 
 
 class Cells:
-    """R parts (panes of a ring, sessions) of S cells for each of K entities.
+    """R parts (panes of a ring, sessions) of S cells for each of K entities, part by part.
+
+    What is written at a time lies together so, and parts that no entity has used take no memory.
 
     Args:
         aggregates: What the parts hold, each with its column of the plan.
@@ -24,15 +27,14 @@ class Cells:
 
     Attributes:
         layout: Of a part.
-        array: float64 [K * R * S].
+        array: float64 [R, K, S].
         pools: The sketches.
     """
 
     def __init__(self, aggregates: Sequence[tuple[int, Aggregate]], parts: int) -> None:
         self.layout = partials.layout(aggregates)
         self.pools = sketches.empty_pools(self.layout.top_k)
-        self.array: Floats = np.zeros(0)
-        self._parts = parts
+        self.array: Floats = np.zeros((parts, 0, self.layout.size))
 
     @property
     def has_sketches(self) -> bool:
@@ -42,7 +44,7 @@ class Cells:
     @property
     def bytes_per_key(self) -> int:
         """Memory that one entity takes, sketches not counted."""
-        return 8 * self._width
+        return 8 * len(self.array) * self.layout.size
 
     @property
     def pool_bytes(self) -> int:
@@ -51,7 +53,8 @@ class Cells:
 
     def reserve(self, keys: int) -> None:
         """Makes room for exactly so many entities, not fewer than there are."""
-        self.array = grown(self.array, keys * self._width, 0)
+        before, self.array = self.array, np.zeros((len(self.array), keys, self.layout.size))
+        self.array[:, : before.shape[1]] = before
 
     def reserve_sketches(self, events: int) -> None:
         """Makes room for what so many events can need."""
@@ -62,27 +65,27 @@ class Cells:
     def keep(self, ids: Ints) -> None:
         """Forgets all entities but those of `ids`, which become 0, 1, ... in this order."""
         if self.has_sketches:
-            gone = np.setdiff1d(np.arange(len(self._rows)), ids)
-            _clear(gone, self._parts, self.layout.size, self.layout.operations, self.pools, self.array)
-        self.array = self._rows[ids].reshape(-1)
+            gone = np.setdiff1d(np.arange(self.array.shape[1]), ids)
+            _clear(gone, self.layout.operations, self.pools, self.array)
+        self.array = self.array[:, ids]
 
-    def state(self, ids: Ints | slice) -> list[npt.NDArray[Any]]:
-        """The cells of some entities, and all sketches where there are any, for `restore`."""
-        return [self._rows[ids], *(self.pools if self.has_sketches else ())]
+    def state(self, ids: Ints, held: Bools) -> list[npt.NDArray[Any]]:
+        """The cells of those parts of M entities that are held [M, R], and all sketches if any, for `restore`."""
+        ends = np.cumsum(held.sum(axis=0)).tolist()
+        cells = np.empty((ends[-1], self.layout.size))
+        for part, (start, end) in enumerate(pairwise([0, *ends])):
+            np.take(self.array[part], ids[held[:, part]], axis=0, out=cells[start:end], mode="clip")
+        return [cells, *(self.pools if self.has_sketches else ())]
 
-    def restore(self, ids: Ints | slice, arrays: Sequence[npt.NDArray[Any]]) -> None:
-        """Takes copies of the arrays of `state` for these entities, for which there is room."""
-        self._rows[ids] = arrays[0]
+    def restore(self, ids: Ints, held: Bools, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        """Takes copies of the arrays of `state` for these parts of M entities, for which there is room."""
+        start = 0
+        for part in range(len(self.array)):
+            rows = ids[held[:, part]]
+            self.array[part, rows] = arrays[0][start : start + len(rows)]
+            start += len(rows)
         if self.has_sketches:
             self.pools = sketches.restored(arrays[1:])
-
-    @property
-    def _width(self) -> int:
-        return self._parts * self.layout.size
-
-    @property
-    def _rows(self) -> Floats:
-        return self.array.reshape(-1, self._width)
 
 
 def grown(array: npt.NDArray[T], rows: int, fill: int) -> npt.NDArray[T]:
@@ -95,7 +98,8 @@ def grown(array: npt.NDArray[T], rows: int, fill: int) -> npt.NDArray[T]:
 
 
 @kernel
-def _clear(ids: Ints, parts: int, size: int, operations: Ints, pools: Pools, cells: Floats) -> None:
+def _clear(ids: Ints, operations: Ints, pools: Pools, cells: Floats) -> None:
+    parts, keys, size = cells.shape
     for key in ids:
         for part in range(parts):
-            partials.clear(cells, (key * parts + part) * size, size, operations, pools, True)
+            partials.clear(cells.reshape(-1), (part * keys + key) * size, size, operations, pools, True)

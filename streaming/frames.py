@@ -31,8 +31,8 @@ class Frame(Protocol):
     def merge(self, ids: Ints, moments_us: Ints, due_us: Ints) -> Floats: ...  # noqa: D102
     def empty(self, keys: int, mark_us: int) -> Bools: ...  # noqa: D102
     def keep(self, ids: Ints) -> None: ...  # noqa: D102
-    def state(self, ids: Ints | slice) -> list[npt.NDArray[Any]]: ...  # noqa: D102
-    def restore(self, ids: Ints | slice, arrays: list[npt.NDArray[Any]]) -> None: ...  # noqa: D102
+    def state(self, ids: Ints) -> list[npt.NDArray[Any]]: ...  # noqa: D102
+    def restore(self, ids: Ints, arrays: list[npt.NDArray[Any]]) -> None: ...  # noqa: D102
 
 
 def frames(plan: Plan) -> tuple[list[Frame], list[tuple[int, Reading]]]:

@@ -50,11 +50,11 @@ class KeyClocks:
         self.now_us, self._ahead_us = self.now_us[ids], self._ahead_us[ids]
         self._event_us, self._heard_us = self._event_us[ids], self._heard_us[ids]
 
-    def state(self, ids: Ints | slice) -> list[npt.NDArray[Any]]:
+    def state(self, ids: Ints) -> list[npt.NDArray[Any]]:
         """The arrays of some entities, for `restore`."""
         return [self.now_us[ids], self._event_us[ids], self._heard_us[ids]]
 
-    def restore(self, ids: Ints | slice, arrays: list[npt.NDArray[Any]]) -> None:
+    def restore(self, ids: Ints, arrays: list[npt.NDArray[Any]]) -> None:
         """Takes the arrays of `state` for these entities, for which there is room."""
         self.now_us[ids], self._event_us[ids], self._heard_us[ids] = arrays
         self._ahead_us[ids] = self.now_us[ids]

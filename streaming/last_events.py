@@ -82,11 +82,11 @@ class LastEvents:
         self._counts, self._times = self._counts[ids], self._times[ids]
         self._values, self._present = self._values[ids], self._present[ids]
 
-    def state(self, ids: Ints | slice) -> list[npt.NDArray[Any]]:
+    def state(self, ids: Ints) -> list[npt.NDArray[Any]]:
         """The arrays of some entities, for `restore`."""
         return [self._counts[ids], self._times[ids], self._values[ids], self._present[ids]]
 
-    def restore(self, ids: Ints | slice, arrays: Sequence[npt.NDArray[Any]]) -> None:
+    def restore(self, ids: Ints, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Takes the arrays of `state` for these entities, for which there is room; they are copied."""
         self._counts[ids], self._times[ids], self._values[ids], self._present[ids] = arrays
 

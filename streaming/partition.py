@@ -240,7 +240,7 @@ class Partition:
     def snapshot(self) -> bytes:
         """The whole state as bytes; equal histories give equal bytes. Entities without any state left are forgotten."""
         self._forget()
-        known = slice(0, len(self._keys))
+        known = np.arange(len(self._keys))
         arrays: list[Any] = [*self._keys.state(), *self._own(known)]
         for index in self._texts.values():
             arrays += index.state()
@@ -421,7 +421,7 @@ class Partition:
             "river": self._models and self._models.version,
         }
 
-    def _own(self, ids: Ints | slice) -> list[npt.NDArray[Any]]:
+    def _own(self, ids: Ints) -> list[npt.NDArray[Any]]:
         rows = [self._due_us[ids], self._seen_us[ids]]
         return rows if self._clocks is None else [*rows, *self._clocks.state(ids)]
 
@@ -449,14 +449,14 @@ class Partition:
         rest = iter(arrays)
         self._keys.extend(next(rest), next(rest))
         self._reserve(len(self._keys))
-        ids: Ints | slice = slice(0, len(self._keys)) if header["kind"] == "snapshot" else next(rest)
+        ids = np.arange(len(self._keys)) if header["kind"] == "snapshot" else next(rest)
         self._due_us[ids], self._seen_us[ids] = next(rest), next(rest)
         if self._clocks is not None:
             self._clocks.restore(ids, [next(rest) for _ in range(3)])
         for index in self._texts.values():
             index.extend(next(rest), next(rest))
         for frame in self._frames:
-            frame.restore(ids, [next(rest) for _ in frame.state(slice(0, 0))])
+            frame.restore(ids, [next(rest) for _ in frame.state(_NONE)])
         if self._models is not None:
             self._models.restore(rest)
         self._told_keys = len(self._keys)

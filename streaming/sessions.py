@@ -23,7 +23,7 @@ _FIRST, _LAST, _TOLD = range(3)
 
 
 class Sessions:
-    """The sessions of one gap: bounds [K, R * 3] (first, last, whether told) and cells [K, R * S], newest first.
+    """The sessions of one gap: bounds [K, R, 3] (first, last, whether told) and cells [R, K, S], newest first.
 
     R is how many sessions can be open within the watermark's delay and the lateness, and two more, which may be closed.
 
@@ -84,7 +84,6 @@ class Sessions:
             values,
             present,
             self.gap_us,
-            layout.size,
             layout.operations,
             cells.has_sketches,
             cells.pools,
@@ -106,7 +105,6 @@ class Sessions:
             wanted.windows,
             self.gap_us,
             self._final,
-            cells.layout.size,
             cells.layout.operations,
             wanted.estimates,
             cells.pools,
@@ -128,14 +126,15 @@ class Sessions:
         self._bounds = self._bounds[ids]
         self._cells.keep(ids)
 
-    def state(self, ids: Ints | slice) -> list[npt.NDArray[Any]]:
-        """The arrays of some entities, and of the sketches where there are any, for `restore`."""
-        return [self._bounds[ids], *self._cells.state(ids)]
+    def state(self, ids: Ints) -> list[npt.NDArray[Any]]:
+        """What some entities hold, and the sketches where there are any, for `restore`."""
+        bounds = self._bounds[ids]
+        return [bounds, *self._cells.state(ids, bounds[:, :, _FIRST] != -NEVER_US)]
 
-    def restore(self, ids: Ints | slice, arrays: Sequence[npt.NDArray[Any]]) -> None:
+    def restore(self, ids: Ints, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Takes the arrays of `state` for these entities, for which there is room; they are copied."""
         self._bounds[ids] = arrays[0]
-        self._cells.restore(ids, arrays[1:])
+        self._cells.restore(ids, arrays[0][:, :, _FIRST] != -NEVER_US, arrays[1:])
 
 
 def sessions_open(gap_us: int, history_us: int) -> int:
@@ -151,7 +150,6 @@ def _add(
     values: Floats,
     present: Bools,
     gap_us: int,
-    size: int,
     operations: Ints,
     has_sketches: bool,
     pools: Pools,
@@ -159,7 +157,8 @@ def _add(
     cells: Floats,
     due_us: Ints,
 ) -> None:
-    sessions = bounds.shape[1]
+    sessions, keys, size = cells.shape
+    flat = cells.reshape(-1)
     for row in range(len(ids)):
         key, time = ids[row], times[row]
         if key < 0 or closed[row]:
@@ -169,19 +168,19 @@ def _add(
             at += 1
         if at == sessions:
             continue  # more sessions than can be open: this one is older than them all and closed
-        base = (key * sessions + at) * size
+        base = (at * keys + key) * size
         if bounds[key, at, _FIRST] == -NEVER_US or time >= bounds[key, at, _LAST] + gap_us:
-            _insert(key, at, sessions, size, operations, has_sketches, pools, bounds, cells)
+            _insert(key, at, operations, has_sketches, pools, bounds, cells)
             bounds[key, at, _FIRST] = bounds[key, at, _LAST] = time
         else:
             bounds[key, at, _FIRST] = min(bounds[key, at, _FIRST], time)
             bounds[key, at, _LAST] = max(bounds[key, at, _LAST], time)
             if at + 1 < sessions and bounds[key, at, _FIRST] < bounds[key, at + 1, _LAST] + gap_us:
-                _join(key, at, sessions, size, operations, has_sketches, pools, bounds, cells)
+                _join(key, at, operations, has_sketches, pools, bounds, cells)
         bounds[key, at, _TOLD] = 0
-        partials.update(cells, base, operations, time, values, present, row)
+        partials.update(flat, base, operations, time, values, present, row)
         if has_sketches:
-            partials.update_sketches(cells, base, operations, pools, values, present, row)
+            partials.update_sketches(flat, base, operations, pools, values, present, row)
         if len(due_us):
             due_us[key] = _next_end(key, gap_us, bounds)
 
@@ -190,8 +189,6 @@ def _add(
 def _insert(
     key: int,
     at: int,
-    sessions: int,
-    size: int,
     operations: Ints,
     has_sketches: bool,
     pools: Pools,
@@ -199,24 +196,19 @@ def _insert(
     cells: Floats,
 ) -> None:
     """Makes an empty session at a place; the oldest one is forgotten."""
-    last = (key * sessions + sessions - 1) * size
-    partials.clear(cells, last, size, operations, pools, has_sketches)
+    sessions, keys, size = cells.shape
+    last = ((sessions - 1) * keys + key) * size
+    partials.clear(cells.reshape(-1), last, size, operations, pools, has_sketches)
     for place in range(sessions - 1, at, -1):
         bounds[key, place] = bounds[key, place - 1]
-        to = (key * sessions + place) * size
-        for cell in range(size):
-            cells[to + cell] = cells[to - size + cell]
-    base = (key * sessions + at) * size
-    for cell in range(size):
-        cells[base + cell] = 0.0
+        cells[place, key] = cells[place - 1, key]
+    cells[at, key] = 0.0
 
 
 @kernel
 def _join(
     key: int,
     at: int,
-    sessions: int,
-    size: int,
     operations: Ints,
     has_sketches: bool,
     pools: Pools,
@@ -224,26 +216,23 @@ def _join(
     cells: Floats,
 ) -> None:
     """Merges a session with the one before it, whose place is taken by older ones."""
-    newer, older = (key * sessions + at) * size, (key * sessions + at + 1) * size
+    sessions, keys, size = cells.shape
+    flat = cells.reshape(-1)
+    newer, older = (at * keys + key) * size, ((at + 1) * keys + key) * size
     first = 0
     for end in range(1, len(operations) + 1):
         if end == len(operations) or operations[end, COUNT_CELL] != operations[first, COUNT_CELL]:
-            partials.combine(cells, older, cells, newer, operations, first, end, 0)
+            partials.combine(flat, older, flat, newer, operations, first, end, 0)
             first = end
     if has_sketches:
-        partials.combine_sketches(cells, older, newer, operations, pools)
-    for cell in range(size):
-        cells[newer + cell] = cells[older + cell]
+        partials.combine_sketches(flat, older, newer, operations, pools)
+    cells[at, key] = cells[at + 1, key]
     bounds[key, at, _FIRST] = min(bounds[key, at, _FIRST], bounds[key, at + 1, _FIRST])
     for place in range(at + 1, sessions - 1):
         bounds[key, place] = bounds[key, place + 1]
-        to = (key * sessions + place) * size
-        for cell in range(size):
-            cells[to + cell] = cells[to + size + cell]
+        cells[place, key] = cells[place + 1, key]
     bounds[key, sessions - 1] = -NEVER_US
-    last = (key * sessions + sessions - 1) * size
-    for cell in range(size):
-        cells[last + cell] = 0.0
+    cells[sessions - 1, key] = 0.0
 
 
 @kernel
@@ -262,7 +251,6 @@ def _merge(
     windows: Ints,
     gap_us: int,
     final: bool,
-    size: int,
     operations: Ints,
     estimates: Estimates,
     pools: Pools,
@@ -271,8 +259,8 @@ def _merge(
     due_us: Ints,
     out: Floats,
 ) -> None:
-    flat = out.reshape(-1)
-    sessions = bounds.shape[1]
+    flat, flat_out = cells.reshape(-1), out.reshape(-1)
+    sessions, keys, size = cells.shape
     ends = np.append(estimates.outs[1:], out.shape[1])
     block = np.zeros(1, dtype=np.int64)
     for row in range(len(ids)):
@@ -284,15 +272,15 @@ def _merge(
             found = at < sessions and bounds[key, at, _LAST] + gap_us == moments[row]
         else:
             found = bounds[key, 0, _FIRST] != -NEVER_US and moments[row] < bounds[key, 0, _LAST] + gap_us
-        base = (key * sessions + at) * size
+        base = (at * keys + key) * size
         if found:
             for window in range(len(windows)):
                 first, end = windows[window, 0], windows[window, 1]
                 to = row * out.shape[1] + windows[window, 3]
-                partials.combine(flat, to, cells, base, operations, first, end, operations[first, COUNT_CELL])
+                partials.combine(flat_out, to, flat, base, operations, first, end, operations[first, COUNT_CELL])
         for number in range(len(estimates.outs)):
             operation = estimates.operations[number]
-            block[0] = int(cells[base + operations[operation, CELL]]) if found else 0
+            block[0] = int(flat[base + operations[operation, CELL]]) if found else 0
             to_estimate = out[row, estimates.outs[number] : ends[number]]
             kind = operations[operation, SKETCH]
             partials.estimate(pools, kind, block[block > 0], estimates.quantiles[number], to_estimate)

@@ -78,10 +78,10 @@ def _cells(layout: partials.Layout, first: int, end: int) -> int:
 
 
 class PaneRing:
-    """The panes of one slide: an array [K, P * S] over entities, a ring of P panes and their S cells.
+    """The panes of one slide: of each entity a ring of P panes, with the number of each [K, P] and its cells [P, K, S].
 
-    Pane p covers [p * slide, (p + 1) * slide) of event time and lies at p modulo P; `newest` holds an entity's highest
-    p so far, and whatever lies more than P - 1 below it is gone.
+    Pane p covers [p * slide, (p + 1) * slide) of event time and lies at p modulo P, in the place of the one before it
+    there; a pane that lies more than P - 1 below an entity's highest is read no more.
 
     Args:
         aggregates: Those of one slide, each with its column of the plan; lifetime ones have slide 0.
@@ -99,7 +99,7 @@ class PaneRing:
         lengths = [aggregate.window_us // self.slide_us if self.slide_us else 1 for _, aggregate in aggregates]
         self._size = max(lengths) + (-(-history_us // self.slide_us) + self._shift if self.slide_us else 0)
         self._cells = Cells(aggregates, self._size)
-        self._newest = np.zeros(0, dtype=np.int64)
+        self._panes = np.zeros((0, self._size), dtype=np.int64)
         self._outputs = outputs(self._cells.layout, aggregates, lengths)
         self.readings = self._outputs.readings
 
@@ -110,14 +110,14 @@ class PaneRing:
 
     def reserve(self, keys: int) -> None:
         """Makes room for `keys` entities; arrays grow by doubling."""
-        if keys > len(self._newest):
-            keys = max(keys, 2 * len(self._newest))
-            self._newest = grown(self._newest, keys, _NO_PANE)
+        if keys > len(self._panes):
+            keys = max(keys, 2 * len(self._panes))
+            self._panes = grown(self._panes, keys, _NO_PANE)
             self._cells.reserve(keys)
 
     def bytes_per_key(self) -> int:
         """Memory that one entity takes, sketches not counted."""
-        return 8 + self._cells.bytes_per_key
+        return 8 * self._size + self._cells.bytes_per_key
 
     def pool_bytes(self) -> int:
         """Memory of the sketches."""
@@ -144,12 +144,10 @@ class PaneRing:
             values,
             present,
             self.slide_us,
-            self._size,
-            layout.size,
             layout.operations,
             cells.has_sketches,
             cells.pools,
-            self._newest,
+            self._panes,
             cells.array,
             due_us[: self._shift * len(due_us)],
         )
@@ -162,33 +160,35 @@ class PaneRing:
         out = np.zeros((len(ids), self._outputs.width))
         currents = moments_us // self.slide_us - self._shift if self.slide_us else np.zeros_like(moments_us)
         cells, wanted = self._cells, self._outputs
-        arguments = (ids, currents, wanted.windows, self._size, cells.layout.size, cells.layout.operations)
-        _merge(*arguments, self.slide_us, self._shift, self._newest, cells.array, due_us, out)
+        arguments = (ids, currents, wanted.windows, cells.layout.operations, self._panes, cells.array)
+        _merge(*arguments, self.slide_us, self._shift, due_us, out)
         if len(wanted.estimates.outs):
-            _estimate(*arguments, wanted.estimates, cells.pools, self._newest, cells.array, out)
+            _estimate(*arguments, wanted.estimates, cells.pools, out)
         return out
 
     def empty(self, keys: int, mark_us: int) -> Bools:
         """Which of the first `keys` entities hold nothing that a window from this watermark on could read."""
-        if not self.slide_us:
-            empty: Bools = self._newest[:keys] == _NO_PANE
-        else:
-            empty = self._newest[:keys] + self._size < mark_us // self.slide_us
-        return empty
+        oldest = mark_us // self.slide_us - self._size if self.slide_us else 0
+        return _empty(self._panes[:keys], oldest)
 
     def keep(self, ids: Ints) -> None:
         """Forgets all entities but those of `ids`, which become 0, 1, ... in this order."""
-        self._newest = self._newest[ids]
+        self._panes = self._panes[ids]
         self._cells.keep(ids)
 
-    def state(self, ids: Ints | slice) -> list[npt.NDArray[Any]]:
-        """The arrays of some entities, and of the sketches where there are any, for `restore`."""
-        return [self._newest[ids], *self._cells.state(ids)]
+    def state(self, ids: Ints) -> list[npt.NDArray[Any]]:
+        """What some entities hold, and the sketches where there are any, for `restore`."""
+        panes = self._panes[ids]
+        held = (panes > panes.max(axis=1, keepdims=True) - self._size) & (panes != _NO_PANE)
+        return [np.packbits(held), panes[held], *self._cells.state(ids, held)]
 
-    def restore(self, ids: Ints | slice, arrays: Sequence[npt.NDArray[Any]]) -> None:
+    def restore(self, ids: Ints, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Takes the arrays of `state` for these entities, for which there is room; they are copied."""
-        self._newest[ids] = arrays[0]
-        self._cells.restore(ids, arrays[1:])
+        held = np.unpackbits(arrays[0], count=len(ids) * self._size).astype(np.bool_).reshape(-1, self._size)
+        panes = np.full(held.shape, _NO_PANE, dtype=np.int64)
+        panes[held] = arrays[1]
+        self._panes[ids] = panes
+        self._cells.restore(ids, held, arrays[2:])
 
 
 @kernel
@@ -199,46 +199,61 @@ def _add(
     values: Floats,
     present: Bools,
     slide_us: int,
-    panes: int,
-    size: int,
     operations: Ints,
     has_sketches: bool,
     pools: Pools,
-    newest: Ints,
+    panes: Ints,
     cells: Floats,
     due_us: Ints,
 ) -> None:
+    slots, keys, size = cells.shape
+    flat = cells.reshape(-1)
     start, end, pane, slot = 0, 0, 0, 0
     if slide_us == 0:
         start, end = -NEVER_US, NEVER_US
-    newest_base, cells_base = address(newest), address(cells)
+    panes_base, cells_base = address(panes), address(cells)
     for row in range(len(ids)):
-        if row + 2 * _AHEAD < len(ids):
-            prefetch(newest_base + 8 * ids[row + 2 * _AHEAD])
-            prefetch(cells_base + 8 * (ids[row + _AHEAD] * panes + slot) * size)
-            prefetch(cells_base + 8 * (ids[row + _AHEAD] * panes + slot) * size + 64)
+        if row + _AHEAD < len(ids):
+            # Most events lie in the same pane as the one before them.
+            ahead = ids[row + _AHEAD]
+            prefetch(panes_base + 8 * (ahead * slots + slot))
+            prefetch(cells_base + 8 * (slot * keys + ahead) * size)
+            prefetch(cells_base + 8 * (slot * keys + ahead) * size + 64)
         key, time = ids[row], times[row]
         if key < 0:
             continue
         if not start <= time < end:
             pane = time // slide_us
-            slot = pane % panes
+            slot = pane % slots
             start = pane * slide_us
             end = start + slide_us
-        if end <= closed_us[row] or pane <= newest[key] - panes:
+        if end <= closed_us[row] or panes[key, slot] > pane:
             continue
-        if pane > newest[key]:
-            cleared = slot
-            for _ in range(min(pane - newest[key], panes)):
-                partials.clear(cells, (key * panes + cleared) * size, size, operations, pools, has_sketches)
-                cleared = cleared - 1 if cleared > 0 else panes - 1
-            newest[key] = pane
-        base = (key * panes + slot) * size
-        partials.update(cells, base, operations, time, values, present, row)
+        base = (slot * keys + key) * size
+        if panes[key, slot] < pane:
+            if has_sketches and not _make_way(key, pane, operations, pools, panes, cells):
+                continue
+            panes[key, slot] = pane
+            for cell in range(base, base + size):
+                flat[cell] = 0.0
+        partials.update(flat, base, operations, time, values, present, row)
         if has_sketches:
-            partials.update_sketches(cells, base, operations, pools, values, present, row)
+            partials.update_sketches(flat, base, operations, pools, values, present, row)
         if len(due_us) and partials.any_present(operations, present, row):
             due_us[key] = min(due_us[key], end)
+
+
+@kernel
+def _make_way(key: int, pane: int, operations: Ints, pools: Pools, panes: Ints, cells: Floats) -> bool:
+    """Gives back the sketches of the panes that a new one is the end of; False if it is too old itself."""
+    slots, keys, size = cells.shape
+    for slot in range(slots):
+        if panes[key, slot] - slots >= pane:
+            return False
+        if _NO_PANE < panes[key, slot] <= pane - slots:
+            panes[key, slot] = _NO_PANE
+            partials.clear(cells.reshape(-1), (slot * keys + key) * size, size, operations, pools, True)
+    return True
 
 
 @kernel
@@ -246,39 +261,51 @@ def _merge(
     ids: Ints,
     currents: Ints,
     windows: Ints,
-    panes: int,
-    size: int,
     operations: Ints,
+    panes: Ints,
+    cells: Floats,
     slide_us: int,
     shift: int,
-    newest: Ints,
-    cells: Floats,
     due_us: Ints,
     out: Floats,
 ) -> None:
-    flat = out.reshape(-1)
+    slots, keys, size = cells.shape
+    flat, flat_out = cells.reshape(-1), out.reshape(-1)
+    longest = windows[:, 2].max()
+    held, bases = np.empty(slots, dtype=np.int64), np.empty(slots, dtype=np.int64)
+    panes_base = address(panes)
     for row in range(len(ids)):
+        if row + _AHEAD < len(ids):
+            for line in range(0, slots, 8):
+                prefetch(panes_base + 8 * (ids[row + _AHEAD] * slots + line))
         key, current = ids[row], currents[row]
+        found = 0
+        pane = current - longest + 1
+        slot = pane % slots
+        for _ in range(slots):
+            if panes[key, slot] >= pane:
+                held[found], bases[found] = panes[key, slot], (slot * keys + key) * size
+                prefetch(address(cells) + 8 * bases[found])
+                found += 1
+            pane += 1
+            slot = slot + 1 if slot + 1 < slots else 0
         change = NEVER_US
         for window in range(len(windows)):
             first_operation, end_operation, length = windows[window, 0], windows[window, 1], windows[window, 2]
             count_at = operations[first_operation, COUNT_CELL]
-            to = row * out.shape[1] + windows[window, 3] + count_at
-            first = max(current - length, newest[key] - panes) + 1
-            slot = first % panes
-            found = False
-            for pane in range(first, newest[key] + 1):
-                base = (key * panes + slot) * size
-                slot = slot + 1 if slot + 1 < panes else 0
-                if cells[base + count_at] == 0.0:
+            to = row * out.shape[1] + windows[window, 3]
+            any_found = False
+            for number in range(found):
+                base = bases[number]
+                if held[number] <= current - length or flat[base + count_at] == 0.0:
                     continue
-                if pane > current:
-                    change = min(change, pane)
-                    break
-                partials.combine(flat, to - count_at, cells, base, operations, first_operation, end_operation, count_at)
-                if not found:
-                    found = True
-                    change = min(change, pane + length)
+                if held[number] > current:
+                    change = min(change, held[number])
+                    continue
+                partials.combine(flat_out, to, flat, base, operations, first_operation, end_operation, count_at)
+                if not any_found:
+                    any_found = True
+                    change = min(change, held[number] + length)
         if change < NEVER_US and slide_us > 0:
             due_us[key] = min(due_us[key], (change + shift) * slide_us)
 
@@ -288,28 +315,41 @@ def _estimate(
     ids: Ints,
     currents: Ints,
     windows: Ints,
-    panes: int,
-    size: int,
     operations: Ints,
+    panes: Ints,
+    cells: Floats,
     estimates: Estimates,
     pools: Pools,
-    newest: Ints,
-    cells: Floats,
     out: Floats,
 ) -> None:
-    blocks = np.empty(panes, dtype=np.int64)
+    slots = panes.shape[1]
+    blocks = np.empty(slots, dtype=np.int64)
     ends = np.append(estimates.outs[1:], out.shape[1])
     for row in range(len(ids)):
         key, current = ids[row], currents[row]
         for number in range(len(estimates.outs)):
             window, operation = estimates.windows[number], estimates.operations[number]
             found = 0
-            first = max(current - windows[window, 2], newest[key] - panes) + 1
-            for pane in range(first, min(current, newest[key]) + 1):
-                block = int(cells[(key * panes + pane % panes) * size + operations[operation, CELL]])
+            for pane in range(current - windows[window, 2] + 1, current + 1):
+                slot = pane % slots
+                if panes[key, slot] != pane:
+                    continue
+                block = int(cells[slot, key, operations[operation, CELL]])
                 if block > 0:
                     blocks[found] = block
                     found += 1
             kind = operations[operation, SKETCH]
             to = out[row, estimates.outs[number] : ends[number]]
             partials.estimate(pools, kind, blocks[:found], estimates.quantiles[number], to)
+
+
+@kernel
+def _empty(panes: Ints, oldest: int) -> Bools:
+    """Which entities [K] have no pane from `oldest` on."""
+    empty = np.ones(len(panes), dtype=np.bool_)
+    for key in range(len(panes)):
+        for slot in range(panes.shape[1]):
+            if panes[key, slot] >= oldest:
+                empty[key] = False
+                break
+    return empty
