@@ -23,10 +23,10 @@ from ops import freshness
 from ops.broker import Broker
 from ops.layout import REPOSITORY, binaries_folder
 from ops.ports import free_ports
+from streaming.consumer import Consumer
 from streaming.partition import Partition
 from streaming.simulators import bulk
 from streaming.views import plans
-from streaming.consumer import Consumer
 from streaming.worker import RECORDS_A_BATCH
 
 EVENTS = 10_000_000

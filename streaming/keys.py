@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from streaming.compile_kernels import kernel
+from streaming.compile_kernels import inlined, kernel
 from streaming.memory import address, byte, prefetch, word
 from streaming.plan import EntityType
 from streaming.records import Bools, Bytes, Floats, Ints
@@ -15,6 +15,8 @@ from streaming.records import Bools, Bytes, Floats, Ints
 T = TypeVar("T", bound=np.generic)
 
 _EMPTY = -1
+_ID_BITS = 32
+_ID = (1 << _ID_BITS) - 1
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _FINAL_PRIME = np.uint64(0xFF51AFD7ED558CCD)
 _HALF = np.uint64(32)
@@ -23,12 +25,15 @@ _POSITIVE = np.uint64(0x7FFFFFFFFFFFFFFF)
 
 
 class KeyIndex:
-    """A hash table (open addressing) from the bytes of an entity to its id; an int64 entity is its 8 bytes."""
+    """A hash table (open addressing) from the bytes of an entity to its id; an int64 entity is its 8 bytes.
+
+    A slot is two words: the length of the text above the id, or -1, and where the text starts.
+    """
 
     def __init__(self) -> None:
         self._text = np.empty(1024, dtype=np.uint8)
         self._starts = np.zeros(65, dtype=np.int64)
-        self._slots = np.full(128, _EMPTY, dtype=np.int64)
+        self._slots = np.full((128, 2), _EMPTY, dtype=np.int64)
         self._count = 0
 
     def __len__(self) -> int:
@@ -43,7 +48,7 @@ class KeyIndex:
 
     def find(self, text: Bytes, spans: Ints, wanted: Bools) -> Ints:
         """The id of each wanted span [N, 2] of `text` that is known; -1 for the others."""
-        return _find(text, spans, wanted, self._text, self._starts, self._slots)
+        return _find(text, spans, wanted, self._text, self._slots)
 
     def entities(self, ids: Ints, entity_type: EntityType) -> pa.Array:
         """The entities of some ids, as strings or int64."""
@@ -102,7 +107,7 @@ class KeyIndex:
             size = len(self._slots)
             while size < 2 * count:
                 size *= 2
-            self._slots = np.full(size, _EMPTY, dtype=np.int64)
+            self._slots = np.full((size, 2), _EMPTY, dtype=np.int64)
             _reinsert(self._text, self._starts, self._slots, self._count)
 
 
@@ -170,56 +175,53 @@ def _assign(
     text: Bytes, spans: Ints, wanted: Bools, known: Bytes, starts: Ints, slots: Ints, count: int, ids: Ints
 ) -> int:
     mask = len(slots) - 1
-    base, known_base, slots_base, starts_base = address(text), address(known), address(slots), address(starts)
-    hashes, guesses = np.empty(len(spans), dtype=np.int64), np.empty(len(spans), dtype=np.int64)
-    for ahead in range(len(spans) + 3 * _AHEAD):
-        # Three steps that each wait for memory are begun for later rows: the slot, where its text starts, the text.
+    base, known_base, slots_base = address(text), address(known), address(slots)
+    hashes = np.empty(len(spans), dtype=np.int64)
+    for ahead in range(len(spans) + 2 * _AHEAD):
+        # Two steps that each wait for memory are begun for later rows: the slot, then the text that it names.
         row = ahead
         if row < len(spans) and wanted[row]:
             hashes[row] = _hash(base + spans[row, 0], base + spans[row, 1]) & mask
-            prefetch(slots_base + 8 * hashes[row])
+            prefetch(slots_base + 16 * hashes[row])
         row -= _AHEAD
         if 0 <= row < len(spans) and wanted[row]:
-            guesses[row] = max(slots[hashes[row]], 0)
-            prefetch(starts_base + 8 * guesses[row])
-        row -= _AHEAD
-        if 0 <= row < len(spans) and wanted[row]:
-            prefetch(known_base + starts[guesses[row]])
+            prefetch(known_base + slots[hashes[row], 1])
         row -= _AHEAD
         if row < 0 or not wanted[row]:
             continue
-        start, length, slot = spans[row, 0], spans[row, 1] - spans[row, 0], hashes[row]
-        while slots[slot] != _EMPTY:
-            first = starts[slots[slot]]
-            if starts[slots[slot] + 1] - first == length and _equal(known_base + first, base + start, length):
-                break
-            slot = (slot + 1) & mask
-        if slots[slot] == _EMPTY:
+        start, length = spans[row, 0], spans[row, 1] - spans[row, 0]
+        slot = _probe(base + start, length, hashes[row], known_base, slots)
+        if slots[slot, 0] == _EMPTY:
             first = starts[count]
             known[first : first + length] = text[start : start + length]
             starts[count + 1] = first + length
-            slots[slot] = count
+            slots[slot, 0], slots[slot, 1] = length << _ID_BITS | count, first
             count += 1
-        ids[row] = slots[slot]
+        ids[row] = slots[slot, 0] & _ID
     return count
 
 
+@inlined
+def _probe(start: int, length: int, slot: int, known_base: int, slots: Ints) -> int:
+    """The slot of a text, or the empty one where it belongs."""
+    while slots[slot, 0] != _EMPTY:
+        if slots[slot, 0] >> _ID_BITS == length and _equal(known_base + slots[slot, 1], start, length):
+            break
+        slot = (slot + 1) & (len(slots) - 1)
+    return slot
+
+
 @kernel
-def _find(text: Bytes, spans: Ints, wanted: Bools, known: Bytes, starts: Ints, slots: Ints) -> Ints:
-    mask = len(slots) - 1
+def _find(text: Bytes, spans: Ints, wanted: Bools, known: Bytes, slots: Ints) -> Ints:
     base, known_base = address(text), address(known)
     ids = np.full(len(spans), _EMPTY, dtype=np.int64)
     for row in range(len(spans)):
         if not wanted[row]:
             continue
         start, length = base + spans[row, 0], spans[row, 1] - spans[row, 0]
-        slot = _hash(start, start + length) & mask
-        while slots[slot] != _EMPTY:
-            first = starts[slots[slot]]
-            if starts[slots[slot] + 1] - first == length and _equal(known_base + first, start, length):
-                ids[row] = slots[slot]
-                break
-            slot = (slot + 1) & mask
+        slot = _probe(start, length, _hash(start, start + length) & (len(slots) - 1), known_base, slots)
+        if slots[slot, 0] != _EMPTY:
+            ids[row] = slots[slot, 0] & _ID
     return ids
 
 
@@ -229,9 +231,10 @@ def _reinsert(text: Bytes, starts: Ints, slots: Ints, count: int) -> None:
     base = address(text)
     for entity in range(count):
         slot = _hash(base + starts[entity], base + starts[entity + 1]) & mask
-        while slots[slot] != _EMPTY:
+        while slots[slot, 0] != _EMPTY:
             slot = (slot + 1) & mask
-        slots[slot] = entity
+        slots[slot, 0] = (starts[entity + 1] - starts[entity]) << _ID_BITS | entity
+        slots[slot, 1] = starts[entity]
 
 
 @kernel

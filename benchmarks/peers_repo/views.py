@@ -36,7 +36,7 @@ def _view(name: str, windows: list[list[int]]) -> StreamFeatureView:
     )
     source = KafkaSource(
         name=f"{name}_edits",
-        topic="peers",
+        topic=os.environ["PEERS_TOPIC"],
         kafka_bootstrap_servers=os.environ["KAFKA_BOOTSTRAP_SERVERS"],
         message_format=JsonFormat(schema_json="time timestamp, user string, added bigint, score double"),
         timestamp_field="time",

@@ -371,6 +371,35 @@ def test_idle_entities_of_lifetimes_are_forgotten_after_their_ttl():
     assert [(user, features["n"]) for user, _, features in rows(partition.emit())] == [("user 3", 3)]
 
 
+def test_a_snapshot_holds_only_the_panes_that_do():
+    aggregates = (Aggregate("mean", "x", "mean", window_us=1_000_000_000, slide_us=1_000_000),)
+    what = Plan("v", "t", "", "user", "string", "time", COLUMNS[:1], aggregates, 0)
+    partition = Partition(what, 0)
+    users = [f"user {number}" for number in range(500)]
+    for step in range(3):
+        events = [Happened(user, START_MS + 2_000 * step, 1.0, None) for user in users]
+        partition.process(batch(events, step * len(users)), now_us=10**15)
+    rings = 1_000 * 500 * 8
+    assert len(partition.snapshot()) < rings / 10
+    whole = partition.snapshot()
+    round_again = [Happened("user 1", START_MS + 1_000 * step, 1.0, None) for step in range(7, 1_100)]
+    partition.process(batch(round_again, 1_500), now_us=10**15)
+    assert Partition.restore(what, 0, whole, partition.delta()).snapshot() == partition.snapshot()
+
+
+def test_a_pane_that_is_passed_gives_its_sketches_back():
+    aggregates = tuple(
+        Aggregate(name, "x", name, window_us=30_000, slide_us=10_000) for name in ("count_distinct", "p50", "top_2")
+    )
+    partition = Partition(Plan("v", "t", "", "user", "string", "time", COLUMNS[:1], aggregates, 0), 0)
+    taken = set()
+    for step in range(60):
+        events = [Happened(user, START_MS + 10 * step * gap, 1.0, None) for user, gap in (("a", 1), ("b", 2), ("c", 5))]
+        partition.process(batch(events, 3 * step), now_us=10**15)
+        taken.add(partition.state_bytes)
+    assert len(taken) <= 2
+
+
 def test_more_state_than_the_limit_is_refused_in_a_sentence():
     partition = Partition(plan({"window_us": 50_000, "slide_us": 10_000}), 0, max_state_bytes=20_000_000)
     many = [Happened(f"user {number}", START_MS, 1.0, "oak") for number in range(20_000)]
