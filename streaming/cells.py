@@ -70,18 +70,18 @@ class Cells:
         self.array = self.array[:, ids]
 
     def state(self, ids: Ints, held: Bools) -> list[npt.NDArray[Any]]:
-        """The cells of those parts of M entities that are held [M, R], and all sketches if any, for `restore`."""
-        ends = np.cumsum(held.sum(axis=0)).tolist()
+        """The cells of those parts of M entities that are held [R, M], and all sketches if any, for `restore`."""
+        ends = np.cumsum(held.sum(axis=1)).tolist()
         cells = np.empty((ends[-1], self.layout.size))
         for part, (start, end) in enumerate(pairwise([0, *ends])):
-            np.take(self.array[part], ids[held[:, part]], axis=0, out=cells[start:end], mode="clip")
+            np.take(self.array[part], ids[held[part]], axis=0, out=cells[start:end], mode="clip")
         return [cells, *(self.pools if self.has_sketches else ())]
 
     def restore(self, ids: Ints, held: Bools, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Takes copies of the arrays of `state` for these parts of M entities, for which there is room."""
         start = 0
         for part in range(len(self.array)):
-            rows = ids[held[:, part]]
+            rows = ids[held[part]]
             self.array[part, rows] = arrays[0][start : start + len(rows)]
             start += len(rows)
         if self.has_sketches:

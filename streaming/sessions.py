@@ -129,12 +129,12 @@ class Sessions:
     def state(self, ids: Ints) -> list[npt.NDArray[Any]]:
         """What some entities hold, and the sketches where there are any, for `restore`."""
         bounds = self._bounds[ids]
-        return [bounds, *self._cells.state(ids, bounds[:, :, _FIRST] != -NEVER_US)]
+        return [bounds, *self._cells.state(ids, bounds[:, :, _FIRST].T != -NEVER_US)]
 
     def restore(self, ids: Ints, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Takes the arrays of `state` for these entities, for which there is room; they are copied."""
         self._bounds[ids] = arrays[0]
-        self._cells.restore(ids, arrays[0][:, :, _FIRST] != -NEVER_US, arrays[1:])
+        self._cells.restore(ids, arrays[0][:, :, _FIRST].T != -NEVER_US, arrays[1:])
 
 
 def sessions_open(gap_us: int, history_us: int) -> int:

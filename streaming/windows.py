@@ -178,16 +178,19 @@ class PaneRing:
 
     def state(self, ids: Ints) -> list[npt.NDArray[Any]]:
         """What some entities hold, and the sketches where there are any, for `restore`."""
-        panes = self._panes[ids]
-        held = (panes > panes.max(axis=1, keepdims=True) - self._size) & (panes != _NO_PANE)
-        return [np.packbits(held), panes[held], *self._cells.state(ids, held)]
+        held = _held(self._panes, ids)
+        panes = [self._panes[ids[rows], slot] for slot, rows in enumerate(held)]
+        return [np.packbits(held), np.concatenate(panes), *self._cells.state(ids, held)]
 
     def restore(self, ids: Ints, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Takes the arrays of `state` for these entities, for which there is room; they are copied."""
-        held = np.unpackbits(arrays[0], count=len(ids) * self._size).astype(np.bool_).reshape(-1, self._size)
-        panes = np.full(held.shape, _NO_PANE, dtype=np.int64)
-        panes[held] = arrays[1]
-        self._panes[ids] = panes
+        held = np.unpackbits(arrays[0], count=len(ids) * self._size).view(np.bool_).reshape(self._size, -1)
+        self._panes[ids] = _NO_PANE
+        start = 0
+        for slot, rows in enumerate(held):
+            end = start + int(rows.sum())
+            self._panes[ids[rows], slot] = arrays[1][start:end]
+            start = end
         self._cells.restore(ids, held, arrays[2:])
 
 
@@ -341,6 +344,18 @@ def _estimate(
             kind = operations[operation, SKETCH]
             to = out[row, estimates.outs[number] : ends[number]]
             partials.estimate(pools, kind, blocks[:found], estimates.quantiles[number], to)
+
+
+@kernel
+def _held(panes: Ints, ids: Ints) -> Bools:
+    """Which panes [P, M] of some entities are not too old to be read."""
+    slots = panes.shape[1]
+    held = np.empty((slots, len(ids)), dtype=np.bool_)
+    for row in range(len(ids)):
+        newest = panes[ids[row]].max()
+        for slot in range(slots):
+            held[slot, row] = panes[ids[row], slot] > max(newest - slots, _NO_PANE)
+    return held
 
 
 @kernel
