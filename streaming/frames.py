@@ -19,8 +19,6 @@ class Frame(Protocol):
     readings: tuple[Reading, ...]
     _size: int
 
-    @property
-    def incremental(self) -> bool: ...  # noqa: D102
     def reserve(self, keys: int) -> None: ...  # noqa: D102
     def bytes_per_key(self) -> int: ...  # noqa: D102
     def pool_bytes(self) -> int: ...  # noqa: D102

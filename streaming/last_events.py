@@ -26,8 +26,6 @@ class LastEvents:
         aggregates: Those of one N, each with its column of the plan.
     """
 
-    incremental = True
-
     def __init__(self, aggregates: Sequence[tuple[int, Aggregate]]) -> None:
         self._size = aggregates[0][1].size
         self._layout = partials.layout(aggregates)

@@ -84,7 +84,7 @@ class Partition:
         self._due_us = np.zeros(0, dtype=np.int64)
         self._seen_us = np.zeros(0, dtype=np.int64)
         self._changed = np.zeros(0, dtype=np.bool_)
-        self._told_keys = 0
+        self._note_told()
         self._marked: list[_Marked] = []
 
     @property
@@ -244,27 +244,15 @@ class Partition:
         arrays: list[Any] = [*self._keys.state(), *self._own(known)]
         for index in self._texts.values():
             arrays += index.state()
-        for frame in self._frames:
-            arrays += frame.state(known)
-        if self._models is not None:
-            arrays += self._models.state()
-        self._changed[:] = False
-        self._told_keys = len(self._keys)
-        return pack(self._header("snapshot"), arrays)
+        return self._told("snapshot", arrays, known)
 
     def delta(self) -> bytes:
-        """What changed since the last snapshot or delta of this object; a snapshot where sketches or texts are kept."""
-        if self._texts or not all(frame.incremental for frame in self._frames):
-            return self.snapshot()
+        """What changed since the last snapshot or delta of this object."""
         ids = np.flatnonzero(self._changed[: len(self._keys)])
         arrays: list[Any] = [*self._keys.state(self._told_keys), ids, *self._own(ids)]
-        for frame in self._frames:
-            arrays += frame.state(ids)
-        if self._models is not None:
-            arrays += self._models.state()
-        self._changed[:] = False
-        self._told_keys = len(self._keys)
-        return pack(self._header("delta"), arrays)
+        for at, index in self._texts.items():
+            arrays += index.state(self._told_texts[at])
+        return self._told("delta", arrays, ids)
 
     @classmethod
     def restore(
@@ -421,6 +409,20 @@ class Partition:
             "river": self._models and self._models.version,
         }
 
+    def _told(self, kind: str, arrays: list[Any], ids: Ints) -> bytes:
+        """Some arrays, and behind them what the frames hold of some entities and the models of all."""
+        for frame in self._frames:
+            arrays += frame.state(ids)
+        if self._models is not None:
+            arrays += self._models.state()
+        self._changed[:] = False
+        self._note_told()
+        return pack(self._header(kind), arrays)
+
+    def _note_told(self) -> None:
+        self._told_keys = len(self._keys)
+        self._told_texts = {at: len(index) for at, index in self._texts.items()}
+
     def _own(self, ids: Ints) -> list[npt.NDArray[Any]]:
         rows = [self._due_us[ids], self._seen_us[ids]]
         return rows if self._clocks is None else [*rows, *self._clocks.state(ids)]
@@ -459,7 +461,7 @@ class Partition:
             frame.restore(ids, [next(rest) for _ in frame.state(_NONE)])
         if self._models is not None:
             self._models.restore(rest)
-        self._told_keys = len(self._keys)
+        self._note_told()
 
 
 def _models(plan: Plan) -> "Models | None":

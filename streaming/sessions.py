@@ -45,11 +45,6 @@ class Sessions:
         self._outputs = outputs(self._cells.layout, aggregates, [1] * len(aggregates))
         self.readings = self._outputs.readings
 
-    @property
-    def incremental(self) -> bool:
-        """Whether the rows of an entity are its whole state, which sketches in pools are not."""
-        return not self._cells.has_sketches
-
     def reserve(self, keys: int) -> None:
         """Makes room for `keys` entities; arrays grow by doubling."""
         if keys > len(self._bounds):
@@ -127,7 +122,7 @@ class Sessions:
         self._cells.keep(ids)
 
     def state(self, ids: Ints) -> list[npt.NDArray[Any]]:
-        """What some entities hold, and the sketches where there are any, for `restore`."""
+        """What some entities hold, with their sketches, for `restore`."""
         bounds = self._bounds[ids]
         return [bounds, *self._cells.state(ids, bounds[:, :, _FIRST].T != -NEVER_US)]
 

@@ -69,7 +69,7 @@ def empty_pools(k: int) -> Pools:
     )
 
 
-def reserve(pools: Pools, blocks: tuple[int, int, int]) -> Pools:
+def reserve(pools: Pools, blocks: Sequence[int]) -> Pools:
     """Pools with at least so many free blocks of each kind; the same ones where that is so already."""
     if all(pools.n_free[kind] >= blocks[kind] for kind in (HLL, DIGEST, TOP)):
         return pools
@@ -90,10 +90,32 @@ def reserve(pools: Pools, blocks: tuple[int, int, int]) -> Pools:
     return Pools(hll, digest, top, free, np.array([len(stack) for stack in stacks], dtype=np.int64))
 
 
-def restored(arrays: Sequence[npt.NDArray[Any]]) -> Pools:
-    """A copy of the arrays of pools."""
-    hll, digest, top, free, n_free = (array.copy() for array in arrays)
-    return Pools(hll, digest, top, free, n_free)
+def packed(pools: Pools, kind: int, blocks: Ints) -> list[npt.NDArray[Any]]:
+    """What some blocks hold, for `unpack`: which of their cells are not zero, as bits, and those."""
+    contents: npt.NDArray[Any] = pools[kind][blocks]
+    if kind == DIGEST:
+        _blank(contents[:, _MEANS:_WEIGHTS], contents[:, _N_CENTROIDS])
+        _blank(contents[:, _WEIGHTS:_VALUES], contents[:, _N_CENTROIDS])
+        _blank(contents[:, _VALUES:], contents[:, _N_BUFFER])
+    elif kind == TOP:
+        _blank(contents[:, 1:], 2 * contents[:, 0])
+    held = contents.view(f"u{contents.itemsize}") != 0  # -0.0 is not zero
+    return [np.packbits(held), contents[held]]
+
+
+def unpack(pools: Pools, kind: int, count: int, arrays: Sequence[npt.NDArray[Any]]) -> Ints:
+    """The numbers of `count` free blocks, which now hold what was `packed`."""
+    contents: npt.NDArray[Any] = np.zeros((count, pools[kind].shape[1]), dtype=pools[kind].dtype)
+    contents[np.unpackbits(arrays[0], count=contents.size).view(np.bool_).reshape(contents.shape)] = arrays[1]
+    pools.n_free[kind] -= count
+    blocks = pools.free[kind, pools.n_free[kind] :][:count].copy()
+    pools[kind][blocks] = contents
+    return blocks
+
+
+def _blank(cells: Floats, counts: Floats) -> None:
+    """Sets what lies behind the first cells of each row to zero: what blocks held before they were given back."""
+    cells[np.arange(cells.shape[1]) >= counts[:, None]] = 0.0
 
 
 @kernel

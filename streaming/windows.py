@@ -103,11 +103,6 @@ class PaneRing:
         self._outputs = outputs(self._cells.layout, aggregates, lengths)
         self.readings = self._outputs.readings
 
-    @property
-    def incremental(self) -> bool:
-        """Whether the rows of an entity are its whole state, which sketches in pools are not."""
-        return not self._cells.has_sketches
-
     def reserve(self, keys: int) -> None:
         """Makes room for `keys` entities; arrays grow by doubling."""
         if keys > len(self._panes):
@@ -177,7 +172,7 @@ class PaneRing:
         self._cells.keep(ids)
 
     def state(self, ids: Ints) -> list[npt.NDArray[Any]]:
-        """What some entities hold, and the sketches where there are any, for `restore`."""
+        """What some entities hold, with their sketches, for `restore`."""
         held = _held(self._panes, ids)
         panes = [self._panes[ids[rows], slot] for slot, rows in enumerate(held)]
         return [np.packbits(held), np.concatenate(panes), *self._cells.state(ids, held)]
