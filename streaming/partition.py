@@ -244,7 +244,7 @@ class Partition:
         arrays: list[Any] = [*self._keys.state(), *self._own(known)]
         for index in self._texts.values():
             arrays += index.state()
-        return self._told("snapshot", arrays, known)
+        return self._packed("snapshot", arrays, known)
 
     def delta(self) -> bytes:
         """What changed since the last snapshot or delta of this object."""
@@ -252,7 +252,7 @@ class Partition:
         arrays: list[Any] = [*self._keys.state(self._told_keys), ids, *self._own(ids)]
         for at, index in self._texts.items():
             arrays += index.state(self._told_texts[at])
-        return self._told("delta", arrays, ids)
+        return self._packed("delta", arrays, ids)
 
     @classmethod
     def restore(
@@ -409,7 +409,7 @@ class Partition:
             "river": self._models and self._models.version,
         }
 
-    def _told(self, kind: str, arrays: list[Any], ids: Ints) -> bytes:
+    def _packed(self, kind: str, arrays: list[Any], ids: Ints) -> bytes:
         """Some arrays, and behind them what the frames hold of some entities and the models of all."""
         for frame in self._frames:
             arrays += frame.state(ids)
