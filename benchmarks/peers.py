@@ -153,7 +153,7 @@ def _cores(own: bool) -> Iterator[None]:
 
 
 def _seconds(home: Path, topic: str, case: str) -> float:
-    """How long our job takes over a topic with its first poll, in a home of its own."""
+    """How long our job works on a topic, from its start to its last checkpoint, in a home of its own."""
     own = home / f"{topic}-{case}"
     (own / "features").mkdir(parents=True)
     os.environ |= {"MILLRACE_HOME": str(own), "PEERS_TOPIC": topic}

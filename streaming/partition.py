@@ -272,8 +272,6 @@ class Partition:
         for data in (snapshot, *deltas):
             header, arrays = unpack(data)
             restored._check(header)
-            if header["kind"] == "snapshot":
-                restored = cls(plan, partition, max_state_bytes)
             restored._take(header, arrays)
         return restored
 
