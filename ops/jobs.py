@@ -25,11 +25,13 @@ RAY_SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     "RAY_worker_niceness": "0",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
 }
 """What Ray must know before it starts.
 
-To notice soon that a training worker is dead or hangs, and to start another; and not to put every other process of the
-machine before stream workers and replicas, as its own niceness of 15 does: training takes that for itself.
+To notice soon that a training worker is dead or hangs, and to start another; not to put every other process of the
+machine before stream workers and replicas, as its own niceness of 15 does: training takes that for itself; and to let
+a job end soon after Ray's head has died, which on one machine never comes back.
 """
 
 

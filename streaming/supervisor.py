@@ -234,6 +234,7 @@ class Supervisor:
         self._members = {at: one for at, one in self._members.items() if not (one.surplus and one.done)}
         if now_s >= self._next_status_s:
             self._next_status_s = now_s + STATUS_S
+            _require_node()
             self._ask()
             self._tell()
 
@@ -309,6 +310,17 @@ class Supervisor:
 
     def _tell(self) -> None:
         self._report.write([*self._ended_statuses, *(member.status for member in self._members.values())])
+
+
+def _require_node() -> None:
+    """Without its own node a job gets no worker any more, and isn't told so.
+
+    Raises:
+        SupervisorError: Ray has lost that node.
+    """
+    own = ray.get_runtime_context().get_node_id()
+    if not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == own):  # type: ignore[no-untyped-call]
+        raise SupervisorError("Ray lost the node of this job: start the job again, it goes on at its last checkpoints.")
 
 
 def _by_view(units: dict[Unit, int]) -> dict[str, dict[int, int]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from feast import Entity, FeatureStore, Field, FileSource, KafkaSource, ValueType
 from feast.aggregation import Aggregation
@@ -253,6 +254,36 @@ def test_the_job_runs_somebody_elses_repository_until_caught_up(kafka, tmp_path)
     assert datetime.now(UTC) - datetime.fromisoformat(
         json.loads((tmp_path / "home" / "stream" / "status.json").read_text())["updated"]
     ) < timedelta(minutes=1)
+
+
+def test_a_job_whose_ray_dies_ends_and_the_next_one_goes_on(kafka, tmp_path):
+    repo, topic = tmp_path / "repo", "without-ray"
+    store = foreign_repo(repo, topic, kafka, "sqlite", integer_key=False)
+    environ = os.environ | {"MILLRACE_HOME": str(tmp_path / "home"), "RAY_AUTH_TOKEN": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "ray_jobs/stream_features.py", "--repo", str(repo)]
+    status = tmp_path / "home" / "stream" / "status.json"
+    ensure_topics(kafka, {topic: 1})
+    frame = edits(1_000, 50, integer_key=False, partitions=1)
+    produce(kafka, topic, frame[:600])
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(lambda: status.exists() and '"processed": 600' in status.read_text(), "the first events")
+        next(one for one in psutil.Process(job.pid).children() if one.name() == "raylet").kill()
+        assert job.wait(60) == 2
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+    assert "error: Ray lost the node of this job" in (tmp_path / "log").read_text()
+    produce(kafka, topic, frame[600:])
+    done = subprocess.run(
+        [*command, "--until-caught-up"], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    expected = brute_force(frame)
+    assert online(store, sorted(expected)) == expected
+    assert newest_offline(repo) == expected
 
 
 @pytest.mark.parametrize("by_group", [False, True], ids=["supervisor", "group"])

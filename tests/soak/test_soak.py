@@ -1,4 +1,4 @@
-"""Random SIGKILLs of worker, stream job and broker under load: the values end as pandas says, nothing lost or doubled.
+"""Random SIGKILLs of worker, job, Ray and broker under load: the values end as pandas says, nothing lost or doubled.
 
 `MILLRACE_SOAK_SEEDS` says how many seeds are tried (default 1); one takes about a minute.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from feast import Entity, FeatureStore, Field, FileSource, KafkaSource, ValueType
 from feast.aggregation import Aggregation
@@ -146,6 +147,11 @@ def dead(servers: str) -> set:
     return found
 
 
+def ray_parts(job: subprocess.Popen) -> list[psutil.Process]:
+    """What a job's own Ray can't live without, once it has started."""
+    return [one for one in psutil.Process(job.pid).children(recursive=True) if one.name() in ("raylet", "gcs_server")]
+
+
 def rows(status: Path) -> list[dict]:
     try:
         return list(json.loads(status.read_text())["views"].get("activity", {}).values())
@@ -183,7 +189,8 @@ def test_values_after_random_kills_equal_the_oracle(seed, tmp_path):
         job = start()
         for _ in range(CRASHES):
             time.sleep(dice.uniform(1, 6))
-            what = dice.choice(["worker", "worker", "job", "broker"])
+            job = job if job.poll() is None else start()
+            what = dice.choice(["worker", "worker", "job", "ray", "broker"])
             pids = sorted({row["pid"] for row in rows(status)})
             if what == "worker" and pids:
                 try:
@@ -194,6 +201,8 @@ def test_values_after_random_kills_equal_the_oracle(seed, tmp_path):
                 os.killpg(job.pid, signal.SIGKILL)
                 job.wait()
                 job = start()
+            elif what == "ray" and job.poll() is None and (parts := ray_parts(job)):
+                dice.choice(parts).kill()
             elif what == "broker":
                 os.kill(kafka.pid, signal.SIGKILL)
                 time.sleep(dice.uniform(0, 2))
@@ -203,6 +212,7 @@ def test_values_after_random_kills_equal_the_oracle(seed, tmp_path):
         deadline = time.monotonic() + 180
         while sum(row["processed"] + row["dead"] + row["late"] for row in rows(status)) < EVENTS + poison:
             assert time.monotonic() < deadline, f"seed {seed}: {rows(status)}"
+            job = job if job.poll() is None else start()
             time.sleep(0.5)
         os.kill(job.pid, signal.SIGTERM)
         job.wait(90)
