@@ -13,6 +13,7 @@ from streaming.changelog import ChangelogSink, Published
 from streaming.checkpoint import CheckpointStore
 from streaming.consumer import Consumer
 from streaming.control import DriftLog
+from streaming.deriving.commits import DELTAS
 from streaming.deriving.derivation import Derivation
 from streaming.deriving.deriver import Deriver
 from streaming.deriving.operators import open_operator
@@ -172,7 +173,7 @@ def open_deriver(store: FeatureStore, derivation: Derivation, keyed: bool, setti
         derivation,
         sources=[Consumer(each.bootstrap_servers, each.topic, group(derivation)) for each in inputs],
         rejects=[RejectLog(each.bootstrap_servers, each.topic, derivation.name) for each in inputs],
-        checkpoints=CheckpointStore(checkpoint_uri(Path(settings.home))),
+        checkpoints=CheckpointStore(checkpoint_uri(Path(settings.home)), DELTAS),
         operator=open_operator(derivation, store),
         output=lambda partition: Transactions(derivation, partition),
         ticking=not settings.until_caught_up,

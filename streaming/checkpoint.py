@@ -6,7 +6,7 @@ fenced cannot win even if it writes: its epoch is older, so its files sort befor
 
 A checkpoint holds the whole state, or what changed since the checkpoint that its header names; such a chain ends at a
 whole one, and what is loaded is the newest checkpoint of which every link is whole. A new chain begins when the changes
-together exceed half of the whole, or after 20 of them.
+together exceed half of the whole, or after so many of them.
 """
 
 import hashlib
@@ -65,10 +65,15 @@ class CheckpointStore:
 
     The store object is one owner: after `claim` it may save, until somebody claims the partition with a newer epoch.
     Calls for one partition must not overlap.
+
+    Args:
+        uri: where they are.
+        deltas: most that a chain has; a restart reads them all.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, deltas: int = DELTAS) -> None:
         self._fs, self._root = filesystem(uri)
+        self._most_deltas = deltas
         self._token = uuid.uuid4().hex
         self._sequences: dict[tuple[str, int], int] = {}
         self._chains: dict[tuple[str, int], _Chain] = {}
@@ -113,7 +118,7 @@ class CheckpointStore:
         return (
             chain is None
             or chain.whole_bytes < LARGE_BYTES
-            or chain.deltas >= DELTAS
+            or chain.deltas >= self._most_deltas
             or chain.deltas_bytes > DELTAS_SHARE * chain.whole_bytes
         )
 

@@ -71,6 +71,10 @@ class Operator(Protocol):
         """The state, for the operator's own function that restores it; empty where there is none."""
         ...
 
+    def delta(self) -> bytes | None:
+        """What has changed since the last snapshot or delta, for the same; None where only a snapshot says it."""
+        ...
+
 
 def rekeyed(name: str, source: "KafkaSource", key: str, batch_source: "DataSource | None" = None) -> "KafkaSource":
     """The events of a source under another key: one for one, unchanged, in the order of their partition.

@@ -56,6 +56,10 @@ class AsOfJoin(BufferedJoin):
     def _waits(self) -> bool:
         return True
 
+    @property
+    def _left_found(self) -> bool:
+        return False
+
     def _take(self, side: int, arrived: Arrived, verdicts: Ints, than_us: Ints) -> Ints:
         left, right = (each.held for each in self._buffers.sides)
         clock, take = self._clock, _take_right if side else _take_left

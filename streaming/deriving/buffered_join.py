@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class BufferedJoin(ABC):
         self._right = RightInput(right, derivation.on)
         self._inputs = (LeftInput(left, derivation.on, derivation.key), self._right)
         self._clock = JoinClock((left.delay_us, right.delay_us))
-        self._buffers = Buffers((self._waits, False))
+        self._buffers = Buffers((self._waits, False), (self._left_found, True))
 
     @property
     def clocks_us(self) -> tuple[int, ...]:
@@ -80,30 +80,47 @@ class BufferedJoin(ABC):
     def snapshot(self) -> bytes:
         """The state, for `restore`; equal histories give equal bytes."""
         self._forget()
-        return pack({"fingerprint": self._derivation.fingerprint, "clock": self._clock.state()}, self._buffers.state())
+        return pack(self._header(), self._buffers.state())
+
+    def delta(self) -> bytes | None:
+        """What has changed since the last snapshot or delta, for `restore`; None where events were forgotten since."""
+        arrays = self._buffers.added()
+        return None if arrays is None else pack(self._header(), arrays)
 
     @classmethod
-    def restore(cls, derivation: Derivation, snapshot: bytes) -> Self:
-        """The join that gave a snapshot.
+    def restore(cls, derivation: Derivation, snapshot: bytes, *deltas: bytes) -> Self:
+        """The join that gave a snapshot and then deltas.
 
         Raises:
-            StateError: It is of another declaration or version, or cut short.
+            StateError: They are of another declaration or version, or cut short.
         """
         restored = cls(derivation)
-        header, arrays = unpack(snapshot)
-        if header["fingerprint"] != derivation.fingerprint:
-            raise StateError(
-                f"The state of '{derivation.name}' was made by another declaration of it: remove the checkpoint to"
-                " start anew."
-            )
-        restored._clock.restore(header["clock"])
-        restored._buffers.restore(arrays)
+        buffers = restored._buffers
+        for number, data in enumerate((snapshot, *deltas)):
+            header, arrays = unpack(data)
+            if header["fingerprint"] != derivation.fingerprint:
+                raise StateError(
+                    f"The state of '{derivation.name}' was made by another declaration of it: remove the checkpoint to"
+                    " start anew."
+                )
+            restored._clock.restore(header["clock"])
+            (buffers.extend if number else buffers.restore)(arrays)
+        if deltas:
+            restored._forget()
         return restored
+
+    def _header(self) -> dict[str, Any]:
+        return {"fingerprint": self._derivation.fingerprint, "clock": self._clock.state()}
 
     @property
     @abstractmethod
     def _waits(self) -> bool:
         """Whether left events wait for the watermark."""
+
+    @property
+    @abstractmethod
+    def _left_found(self) -> bool:
+        """Whether left events are found by right ones."""
 
     @abstractmethod
     def _take(self, side: int, arrived: Arrived, verdicts: Ints, than_us: Ints) -> Ints:

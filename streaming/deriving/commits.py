@@ -14,6 +14,8 @@ from streaming.deriving.transactions import Progress
 from streaming.state import StateError
 
 FIRST_TO_PROVE = 2
+DELTAS = 200
+"""Most commits that build on a snapshot: some 20 s."""
 
 
 class Output(Protocol):
@@ -33,7 +35,8 @@ class Commit:
         progress: What it accounts for.
         keys: Of the derived records.
         values: Of the derived records.
-        state: The operator's; empty where it has none.
+        state: The operator's, or what has changed in it since the commit before; empty where it has none.
+        delta: Which of the two.
         tried: Whether a try of it may have reached the broker.
         checkpointed: Whether its state is written.
     """
@@ -42,6 +45,7 @@ class Commit:
     keys: list[bytes]
     values: list[bytes]
     state: bytes
+    delta: bool
     tried: bool = False
     checkpointed: bool = False
 
@@ -64,8 +68,10 @@ class Commits:
         self._output, self._checkpoints = output, checkpoints
         self.epoch = 0
 
-    def take(self, epoch: int) -> tuple[Progress | None, bytes]:
-        """Become the only writer; what was committed last (None: nothing yet) and the state that belongs to it.
+    def take(self, epoch: int) -> tuple[Progress | None, tuple[bytes, ...]]:
+        """Become the only writer; what was committed last (None: nothing yet) and the snapshot and deltas of it.
+
+        Where there are some, `keep` must follow.
 
         Raises:
             KafkaError: the broker did not answer; call again.
@@ -77,23 +83,35 @@ class Commits:
         progress = self._output.take()
         if progress is None:
             self._check_beginning()
-            return None, b""
+            return None, ()
         if progress.fingerprint != self._fingerprint:
             raise StateError(
                 f"{self._what} was written by another declaration: give the changed one a new name, or delete the"
                 " topic and its consumer group to begin anew."
             )
         if not progress.stateful:
-            return progress, b""
+            return progress, ()
         saved = self._checkpoints.load(self._stream, self.partition, progress.number)
         if saved is None:
             raise StateError(
                 f"{self._what} has no checkpoint of its commit {progress.number}: bring the checkpoints of this stream"
                 " back, or delete the topic and its consumer group to begin anew."
             )
-        # Under this epoch, so that what an owner before left of a commit that failed does not count as the one before.
-        self._checkpoints.save(self._stream, self.partition, epoch, progress.number, 0, saved.state)
-        return progress, saved.state
+        return progress, (saved.state, *saved.deltas)
+
+    def keep(self, progress: Progress, snapshot: bytes) -> None:
+        """Write the state that was taken under this epoch.
+
+        So what an owner before left of a commit that failed does not count as the one before.
+
+        Raises:
+            StaleEpochError: a newer owner has the partition.
+        """
+        self._checkpoints.save(self._stream, self.partition, self.epoch, progress.number, 0, snapshot)
+
+    def wants_whole(self) -> bool:
+        """Whether the next commit must hold a snapshot; only while none is under way."""
+        return self._checkpoints.wants_whole(self._stream, self.partition)
 
     def save(self, commit: Commit) -> None:
         """Commit, or see that it was committed.
@@ -113,7 +131,7 @@ class Commits:
         commit.tried = True
         self._output.write(commit.keys, commit.values)
         if (commit.state or number == FIRST_TO_PROVE) and not commit.checkpointed:
-            self._checkpoints.save(self._stream, self.partition, self.epoch, number, 0, commit.state)
+            self._checkpoints.save(self._stream, self.partition, self.epoch, number, 0, commit.state, commit.delta)
             commit.checkpointed = True
         self._output.commit(commit.progress)
 

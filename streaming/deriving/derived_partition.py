@@ -173,13 +173,14 @@ class DerivedPartition:
     def begin(self, monotonic_s: Callable[[], float]) -> Commit:
         """Make a commit of what was derived."""
         self.began_s = monotonic_s()
-        snapshot = self.operator.snapshot()
-        self.snapshot_s, self.state_bytes = monotonic_s() - self.began_s, len(snapshot) or None
+        delta = None if self.commits.wants_whole() else self.operator.delta()
+        state = self.operator.snapshot() if delta is None else delta
+        self.snapshot_s, self.state_bytes = monotonic_s() - self.began_s, len(state) or None
         progress = Progress(
             number=self.progress.number + 1,
             offsets=tuple(self.offsets),
             fingerprint=self.derivation.fingerprint,
-            stateful=bool(snapshot),
+            stateful=bool(state),
             processed=self.processed,
             dead=self.dead,
             late=self.late,
@@ -187,7 +188,7 @@ class DerivedPartition:
             epoch=self.commits.epoch,
             clock_us=self.next_us,
         )
-        self.commit = Commit(progress, self.keys, self.values, snapshot)
+        self.commit = Commit(progress, self.keys, self.values, state, delta is not None)
         self.keys, self.values, self.moved = [], [], False
         return self.commit
 

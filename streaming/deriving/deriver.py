@@ -59,7 +59,7 @@ class Deriver:
         sources: where the records of each side come from.
         rejects: where those that each side's were refused go.
         checkpoints: where state goes.
-        operator: makes the operator of a partition, from its state where there is one.
+        operator: makes the operator of a partition, from its snapshot and deltas where there are some.
         output: makes what writes what comes of a partition.
         ticking: let the clock of idle inputs advance with the wall clock; off for a run that ends when caught up.
         keyed: refuse records of a join whose key is not what they are joined on (where topics have several partitions).
@@ -77,7 +77,7 @@ class Deriver:
         sources: Sequence[Reading],
         rejects: Sequence[Rejects],
         checkpoints: CheckpointStore,
-        operator: Callable[[int, bytes], Operator],
+        operator: Callable[[int, Sequence[bytes]], Operator],
         output: Callable[[int], Output],
         ticking: bool = True,
         keyed: bool = False,
@@ -236,7 +236,10 @@ class Deriver:
         output, fingerprint = self._output(number), self.plan.fingerprint
         commits = Commits(self.stream, number, fingerprint, output=output, checkpoints=self._checkpoints)
         try:
-            found, state = commits.take(epoch)
+            found, states = commits.take(epoch)
+            operator = self._operator(number, states)
+            if found is not None and states:
+                commits.keep(found, operator.snapshot())
             offsets = found.offsets if found else [None] * len(self._sources)
             starts = [source.seek(number, at) for source, at in zip(self._sources, offsets, strict=True)]
         except BaseException:
@@ -245,7 +248,7 @@ class Deriver:
         now_s = self._monotonic_s()
         self._held[number] = DerivedPartition(
             self.plan,
-            self._operator(number, state),
+            operator,
             commits,
             found or Progress(0, tuple(starts), fingerprint),
             starts,

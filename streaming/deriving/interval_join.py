@@ -68,6 +68,10 @@ class IntervalJoin(BufferedJoin):
     def _waits(self) -> bool:
         return self._derivation.unmatched
 
+    @property
+    def _left_found(self) -> bool:
+        return True
+
     def _take(self, side: int, arrived: Arrived, verdicts: Ints, than_us: Ints) -> Ints:
         own, other = self._buffers.sides[side].held, self._buffers.sides[1 - side].held
         clock = self._clock

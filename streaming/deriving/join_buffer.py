@@ -2,7 +2,8 @@
 
 Rows are appended in the order of arrival. Those of one key form a chain from the newest event time to the oldest, and
 of equal times from the last arrival to the first. What is no longer needed stays until `compact` drops it, which costs
-as much as there is and is due when that has doubled: so an event costs the same however much is held.
+as much as there is and is due when that has doubled: so an event costs the same however much is held. Between two of
+these, the rows that were added and those that were given out say what has changed.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streaming.cells import grown
-from streaming.compile_kernels import kernel
+from streaming.compile_kernels import inlined, kernel
 from streaming.deriving.join_input import Events
 from streaming.deriving.raw_json import joined, read_only
 from streaming.keys import KeyIndex
@@ -79,10 +80,12 @@ class Side:
 
     Args:
         waits: Whether its rows wait in the heap.
+        chained: Whether they are found by their key.
     """
 
-    def __init__(self, waits: bool) -> None:
-        self._waits = waits
+    def __init__(self, waits: bool, chained: bool) -> None:
+        self._waits, self._chained = waits, chained
+        self._rows_told = self._bytes_told = 0
         nothing = np.zeros(0, dtype=np.int64)
         self.held = self._filled(np.zeros((0, _WIDTH), dtype=np.int64), np.zeros(0, dtype=np.uint8), nothing, 0, 0)
 
@@ -109,14 +112,17 @@ class Side:
 
     def reserve(self, arrived: Arrived, keys: int) -> None:
         """Makes room for records and for so many keys."""
+        read = arrived.ids >= 0
+        spans = (arrived.keys[read], arrived.bodies[read])
+        self._reserve(len(arrived.ids), sum(int((each[:, 1] - each[:, 0]).sum()) for each in spans), keys)
+
+    def _reserve(self, more: int, more_bytes: int, keys: int) -> None:
         rows, text, newest, heap, fill = self.held
-        needed = int(fill[COUNT]) + len(arrived.ids)
+        needed = int(fill[COUNT]) + more
         if needed > len(rows):
             rows = grown(rows, max(needed, 2 * len(rows)), 0)
             heap = grown(heap, len(rows), 0) if self._waits else heap
-        read = arrived.ids >= 0
-        spans = (arrived.keys[read], arrived.bodies[read])
-        needed = int(fill[USED]) + sum(int((each[:, 1] - each[:, 0]).sum()) for each in spans)
+        needed = int(fill[USED]) + more_bytes
         if needed > len(text):
             text = grown(text, max(needed, 2 * len(text)), 0)
         self.held = Held(rows, text, self._chains(newest, keys), heap, fill)
@@ -145,7 +151,30 @@ class Side:
 
     def state(self) -> list[npt.NDArray[Any]]:
         """The arrays of a side that has just been compacted, for `restore`."""
+        self._tell()
         return [self.rows, self.held.text[: self.used_bytes], self.held.newest]
+
+    def added(self) -> list[npt.NDArray[Any]]:
+        """The rows and bytes since the last `state` or `added`, for `extend`; not after a `keep`."""
+        arrays: list[npt.NDArray[Any]] = [
+            self.rows[self._rows_told :],
+            self.held.text[self._bytes_told : self.used_bytes],
+        ]
+        self._tell()
+        return arrays
+
+    def extend(self, rows: Ints, text: Bytes, keys: int) -> None:
+        """Takes the arrays of `added`, but lets none of the rows wait; there are so many keys by then."""
+        self._reserve(len(rows), len(text), keys)
+        held, first = self.held, int(self.held.fill[COUNT])
+        held.rows[first : first + len(rows)] = rows
+        held.text[self.used_bytes : self.used_bytes + len(text)] = text
+        held.fill[:WAITING] += len(rows), len(text)
+        if self._chained:
+            _link_all(held, first)
+
+    def _tell(self) -> None:
+        self._rows_told, self._bytes_told = len(self.rows), self.used_bytes
 
     def restore(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Takes the arrays of `state`."""
@@ -166,15 +195,18 @@ class Buffers:
 
     Args:
         waits: Which sides wait in a heap.
+        chained: Of which sides rows are found by their key.
 
     Attributes:
         rows_then: How many rows there were when they were last compacted.
         newest_then_us: And the greatest time of them.
     """
 
-    def __init__(self, waits: tuple[bool, bool]) -> None:
+    def __init__(self, waits: tuple[bool, bool], chained: tuple[bool, bool]) -> None:
         self.index = KeyIndex()
-        self.sides = (Side(waits[0]), Side(waits[1]))
+        self.sides = (Side(waits[0], chained[0]), Side(waits[1], chained[1]))
+        self._keys_told: int | None = None  # None: rows were forgotten since
+        self._given: list[Ints] = []
         self.rows_then = self._bytes_then = self._keys_then = 0
         self.newest_then_us = -NEVER_US
 
@@ -211,11 +243,34 @@ class Buffers:
         for side, keep in zip(self.sides, kept, strict=True):
             side.keep(keep, numbers, order)
         self.index = self.index.kept(order)
+        self._keys_told = None
         self._remember()
 
     def state(self) -> list[npt.NDArray[Any]]:
         """The arrays of buffers that have just been compacted, for `restore`."""
+        self._tell()
         return [*self.index.state(), *self.sides[0].state(), *self.sides[1].state()]
+
+    def added(self) -> list[npt.NDArray[Any]] | None:
+        """What is new since the last `state` or `added`, for `extend`; None where rows were forgotten since."""
+        if self._keys_told is None:
+            return None
+        given = np.unique(np.concatenate([NO_ROWS, *self._given]))
+        arrays: list[npt.NDArray[Any]] = [*self.index.state(self._keys_told), given]
+        arrays += [*self.sides[0].added(), *self.sides[1].added()]
+        self._tell()
+        return arrays
+
+    def extend(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        """Takes the arrays of `added`; the last time followed by a `compact`, which lets rows wait."""
+        self.index.extend(arrays[0], arrays[1])
+        for side, rows, text in zip(self.sides, arrays[3::2], arrays[4::2], strict=True):
+            side.extend(rows, text, len(self.index))
+        self.sides[0].rows[arrays[2], MATCHED] = 1
+
+    def _tell(self) -> None:
+        self._keys_told = len(self.index)
+        self._given = []
 
     def restore(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Takes the arrays of `state`."""
@@ -231,7 +286,9 @@ class Buffers:
         self._keys_then = len(self.index)
 
     def write(self, pairs: Ints, nulls: Bytes) -> tuple[list[bytes], list[bytes]]:
-        """The keys and values of pairs [M, 2] of rows, of which the right one may be missing."""
+        """Gives out pairs [M, 2] of rows, of which the right one may be missing: their keys and values."""
+        if self._keys_told is not None and len(pairs):
+            self._given.append(pairs[:, 0].copy())
         left, right = (side.held for side in self.sides)
         lefts = left.rows[pairs[:, 0]]
         rights = np.full((len(pairs), 2), NO_ROW, dtype=np.int64)
@@ -244,6 +301,7 @@ class Buffers:
 
 
 NOTHING = read_only(np.zeros(0, dtype=np.uint8))
+NO_ROWS: Ints = np.zeros(0, dtype=np.int64)
 
 
 def texts(left: Bytes, left_spans: Ints, right: Bytes, right_spans: Ints, nothing: Bytes) -> list[bytes]:
@@ -257,7 +315,14 @@ def texts(left: Bytes, left_spans: Ints, right: Bytes, right_spans: Ints, nothin
 def insert(held: Held, arrived: Arrived, record: int) -> int:
     """Appends a record and puts it into the chain of its key; returns its row."""
     row = append(held, arrived, record)
-    rows, key, time = held.rows, arrived.ids[record], arrived.times[record]
+    _link(held, row)
+    return row
+
+
+@inlined
+def _link(held: Held, row: int) -> None:
+    rows = held.rows
+    key, time = rows[row, KEY], rows[row, TIME]
     newer, older = NO_ROW, held.newest[key]
     while older != NO_ROW and rows[older, TIME] > time:
         newer, older = older, rows[older, OLDER]
@@ -266,7 +331,13 @@ def insert(held: Held, arrived: Arrived, record: int) -> int:
         held.newest[key] = row
     else:
         rows[newer, OLDER] = row
-    return row
+
+
+@kernel
+def _link_all(held: Held, first: int) -> None:
+    """Puts the rows from `first` on into the chains of their keys."""
+    for row in range(first, held.fill[COUNT]):
+        _link(held, row)
 
 
 @kernel

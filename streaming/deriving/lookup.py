@@ -66,6 +66,10 @@ class Lookup(ABC):
         """Nothing is kept."""
         return b""
 
+    def delta(self) -> bytes | None:
+        """There is no state that could change."""
+        return None
+
     @abstractmethod
     def _find(self, events: Events, now_us: int) -> tuple[Bytes, Ints, Bytes]:
         """What follows on each of N readable events: text, spans [N, 2] or -1, and what stands where there is none."""

@@ -1,6 +1,6 @@
 """The operator of each kind of derivation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from streaming.derived import Operator
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 
-def open_operator(derivation: Derivation, store: "FeatureStore") -> Callable[[int, bytes], Operator]:
-    """What makes the operator of a partition, given its number and its state (empty: none yet).
+def open_operator(derivation: Derivation, store: "FeatureStore") -> Callable[[int, Sequence[bytes]], Operator]:
+    """What makes the operator of a partition, given its number, and its snapshot and deltas (none yet: empty).
 
     Raises:
         PlanError: the derivation does not fit its kind.
     """
     match derivation.kind:
         case "rekeyed":
-            return lambda partition, state: Rekeying(derivation)
+            return lambda partition, states: Rekeying(derivation)
         case "interval_join" | "as_of_join" as kind:
             join: type[BufferedJoin] = IntervalJoin if kind == "interval_join" else AsOfJoin
-            return lambda partition, state: join.restore(derivation, state) if state else join(derivation)
+            return lambda partition, states: join.restore(derivation, *states) if states else join(derivation)
         case "table_lookup":
-            return lambda partition, state: TableLookup(derivation, str(store.repo_path))
+            return lambda partition, states: TableLookup(derivation, str(store.repo_path))
         case "feature_lookup":
-            return lambda partition, state: FeatureLookup(derivation, store)
+            return lambda partition, states: FeatureLookup(derivation, store)

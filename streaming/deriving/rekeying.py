@@ -80,6 +80,10 @@ class Rekeying:
         """There is no state."""
         return b""
 
+    def delta(self) -> bytes | None:
+        """There is no state that could change."""
+        return None
+
     def _read(self, value: bytes | None) -> bytes:
         fields = read_object(value)
         found = fields.get(self._field)

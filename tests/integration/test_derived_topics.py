@@ -204,7 +204,7 @@ def rekeying(servers: str, topic: str, home: Path) -> Deriver:
         sources=[Consumer(servers, topic, group(derivation))],
         rejects=[RejectLog(servers, topic, derivation.name)],
         checkpoints=CheckpointStore(str(home)),
-        operator=lambda number, state: Rekeying(derivation),
+        operator=lambda number, states: Rekeying(derivation),
         output=lambda number: Transactions(derivation, number),
         ticking=False,
         keyed=True,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kafka import OffsetAndMetadata
 from kafka.errors import KafkaError
 
+from streaming import checkpoint
 from streaming.checkpoint import CheckpointStore, StaleEpochError
 from streaming.derived import Derived
 from streaming.deriving.derivation import Derivation, Input
@@ -180,8 +181,9 @@ class Rejects:
 class Counting:
     """An operator with state: numbers the records of each side, and shows what it has seen so far of the other one."""
 
-    def __init__(self, state=b"", sides=2):
-        self.seen = json.loads(state) if state else [0] * sides
+    def __init__(self, states=(), sides=2):
+        self.seen = [sum(counts) for counts in zip(*map(json.loads, states), strict=True)] or [0] * sides
+        self.told = list(self.seen)
         self.clocks_us = (0,) * sides
         self.buffered_bytes = 0
         self.away = 0
@@ -211,7 +213,22 @@ class Counting:
         return Derived([b"end"], [b"%d" % sum(self.seen)], [])
 
     def snapshot(self):
+        self.told = list(self.seen)
         return json.dumps(self.seen).encode()
+
+    def delta(self):
+        more = [now - then for now, then in zip(self.seen, self.told, strict=True)]
+        self.told = list(self.seen)
+        return json.dumps(more).encode()
+
+
+@pytest.fixture(params=[False, True], ids=["snapshots", "deltas"])
+def deltas(request, monkeypatch):
+    """Whether commits hold what has changed wherever they may."""
+    if request.param:
+        monkeypatch.setattr(checkpoint, "LARGE_BYTES", 0)
+        monkeypatch.setattr(checkpoint, "DELTAS_SHARE", 100)
+    return request.param
 
 
 def log(first, records):
@@ -221,9 +238,9 @@ def log(first, records):
 def deriver(broker, folder, derivation=REKEYED, logs=None, operators=None, executor=None, **options):
     clock = count(step=COMMIT_S / 2)
     make = (operators or {}).get(derivation.kind) or (
-        (lambda number, state: Rekeying(derivation))
+        (lambda number, states: Rekeying(derivation))
         if derivation.kind == "rekeyed"
-        else (lambda number, state: Counting(state))
+        else (lambda number, states: Counting(states))
     )
     logs = logs or [{0: log(0, 20), 1: log(5, 20)}] * len(derivation.inputs)
     made = Deriver(
@@ -282,9 +299,14 @@ class Failing:
 
 
 @pytest.mark.parametrize("error", [Crash, KafkaError])
-@pytest.mark.parametrize("derivation", [REKEYED, JOINED], ids=["stateless", "stateful"])
+@pytest.mark.parametrize(
+    ("derivation", "deltas"),
+    [(REKEYED, False), (JOINED, False), (JOINED, True)],
+    ids=["stateless", "snapshots", "deltas"],
+    indirect=["deltas"],
+)
 @pytest.mark.parametrize("step", STEPS)
-def test_what_is_derived_is_the_same_wherever_it_fails(tmp_path, monkeypatch, step, derivation, error):
+def test_what_is_derived_is_the_same_wherever_it_fails(tmp_path, monkeypatch, deltas, step, derivation, error):
     monkeypatch.setattr(threading.Event, "wait", lambda self, pause_s=None: False)
     quiet = Broker()
     until_done(lambda: deriver(quiet, tmp_path / "quiet", derivation))
@@ -311,7 +333,7 @@ def in_sides(records):
 
 
 @pytest.mark.parametrize("kind", ["before", "after"])
-def test_a_crash_while_the_checkpoint_is_written_loses_and_repeats_nothing(tmp_path, monkeypatch, kind):
+def test_a_crash_while_the_checkpoint_is_written_loses_and_repeats_nothing(tmp_path, monkeypatch, deltas, kind):
     quiet = Broker()
     until_done(lambda: deriver(quiet, tmp_path / "quiet", JOINED))
     save = CheckpointStore.save
@@ -329,7 +351,7 @@ def test_a_crash_while_the_checkpoint_is_written_loses_and_repeats_nothing(tmp_p
         assert in_sides(broker.records) == in_sides(quiet.records)
 
 
-def test_two_crashes_in_a_row_still_find_the_state_of_the_last_commit(tmp_path):
+def test_two_crashes_in_a_row_still_find_the_state_of_the_last_commit(tmp_path, deltas):
     """Each leaves a checkpoint that was never committed, and the one that counts must not go with them."""
     quiet = Broker()
     until_done(lambda: deriver(quiet, tmp_path / "quiet", JOINED))
@@ -343,6 +365,14 @@ def test_two_crashes_in_a_row_still_find_the_state_of_the_last_commit(tmp_path):
     broker.fails = fails
     until_done(lambda: deriver(broker, tmp_path / "crashed", JOINED))
     assert in_sides(broker.records) == in_sides(quiet.records)
+
+
+@pytest.mark.parametrize("deltas", [True], indirect=True)
+def test_a_commit_builds_on_the_one_before(tmp_path, deltas):
+    last = until_done(lambda: deriver(Broker(), tmp_path, JOINED))
+    saved = CheckpointStore(str(tmp_path)).load(last.stream, 0)
+    assert len(saved.deltas) > 1
+    assert Counting((saved.state, *saved.deltas)).seen == [20, 20]
 
 
 def test_a_zombie_is_fenced_and_ends(tmp_path):
@@ -440,7 +470,7 @@ def test_a_store_that_is_away_is_waited_for_and_nothing_is_lost(tmp_path, monkey
     broker = Broker()
     lookup = Derivation("looked_up", "feature_lookup", (LEFT,), "item", LEFT.schema, 0, on="item")
     one = deriver(
-        broker, tmp_path, lookup, [{0: log(0, 10)}], operators={"feature_lookup": lambda number, state: operator}
+        broker, tmp_path, lookup, [{0: log(0, 10)}], operators={"feature_lookup": lambda number, states: operator}
     )
     one.start({0: 0})
     one.run(threading.Event(), until_caught_up=True)
@@ -494,7 +524,7 @@ def test_an_operator_that_holds_too_much_ends_with_a_sentence(tmp_path):
         Broker(),
         tmp_path,
         JOINED,
-        operators={"as_of_join": lambda number, state: operator},
+        operators={"as_of_join": lambda number, states: operator},
         max_state_bytes=2 << 20,
     )
     one.start({0: 0})
