@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import zlib
+from contextlib import suppress
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -152,6 +153,12 @@ def ray_parts(job: subprocess.Popen) -> list[psutil.Process]:
     return [one for one in psutil.Process(job.pid).children(recursive=True) if one.name() in ("raylet", "gcs_server")]
 
 
+def wait_gone(pid: int) -> None:
+    """A process that was killed holds its ports for a moment longer."""
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(10)
+
+
 def rows(status: Path) -> list[dict]:
     try:
         return list(json.loads(status.read_text())["views"].get("activity", {}).values())
@@ -205,6 +212,7 @@ def test_values_after_random_kills_equal_the_oracle(seed, tmp_path):
                 dice.choice(parts).kill()
             elif what == "broker":
                 os.kill(kafka.pid, signal.SIGKILL)
+                wait_gone(kafka.pid)
                 time.sleep(dice.uniform(0, 2))
                 kafka = broker.start()
         assert produced.wait(180)
