@@ -35,7 +35,10 @@ test:
 	$(MAKE) test-integration
 	$(MAKE) test-e2e
 
-test-unit test-integration test-e2e: test-%: $(READY)
+test-unit: $(READY)
+	$(BIN)/pytest tests/unit --numprocesses logical --maxprocesses 8 --dist loadfile
+
+test-integration test-e2e: test-%: $(READY)
 	$(BIN)/pytest tests/$*
 
 check: $(READY)
