@@ -6,7 +6,7 @@ fenced cannot win even if it writes: its epoch is older, so its files sort befor
 
 A checkpoint holds the whole state, or what changed since the checkpoint that its header names; such a chain ends at a
 whole one, and what is loaded is the newest checkpoint of which every link is whole. A new chain begins when the changes
-together exceed half of the whole, or after so many of them.
+together exceed half of the whole, or when there are as many as there may be.
 """
 
 import hashlib

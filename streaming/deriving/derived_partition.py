@@ -76,6 +76,7 @@ class DerivedPartition:
     moved: bool = False
     ticked_s: float = 0.0
     drained: bool = False
+    snapshot_began_s: float = 0.0
     snapshot_s: float = 0.0
     state_bytes: int | None = None
     commit: Commit | None = None
@@ -166,16 +167,24 @@ class DerivedPartition:
         self.take(self.operator.tick(now_us, idle))
 
     def due(self, now_s: float) -> bool:
-        """Whether to commit now; others may wait for what is committed of one of which something waits."""
-        pause_s = max(0.0 if self.waiting else COMMIT_S, SNAPSHOT_SHARE * self.snapshot_s)
-        return (self.moved and now_s - self.began_s >= pause_s) or now_s - self.began_s >= KEEP_S
+        """Whether to commit now; others may wait for what is committed of one of which something waits.
+
+        Snapshots take at most a tenth of the time.
+        """
+        since_s = now_s - self.began_s
+        if not self.moved or since_s < (0.0 if self.waiting else COMMIT_S):
+            return since_s >= KEEP_S
+        whole = self.commit is None and self.commits.wants_whole()
+        return not whole or now_s - self.snapshot_began_s >= SNAPSHOT_SHARE * self.snapshot_s
 
     def begin(self, monotonic_s: Callable[[], float]) -> Commit:
         """Make a commit of what was derived."""
         self.began_s = monotonic_s()
-        delta = None if self.commits.wants_whole() else self.operator.delta()
-        state = self.operator.snapshot() if delta is None else delta
-        self.snapshot_s, self.state_bytes = monotonic_s() - self.began_s, len(state) or None
+        state = delta = None if self.commits.wants_whole() else self.operator.delta()
+        if state is None:
+            state, self.snapshot_began_s = self.operator.snapshot(), self.began_s
+            self.snapshot_s = monotonic_s() - self.began_s
+        self.state_bytes = len(state) or None
         progress = Progress(
             number=self.progress.number + 1,
             offsets=tuple(self.offsets),

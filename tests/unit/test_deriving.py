@@ -5,6 +5,7 @@ import threading
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, replace
 from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from streaming import checkpoint
 from streaming.checkpoint import CheckpointStore, StaleEpochError
 from streaming.derived import Derived
 from streaming.deriving.derivation import Derivation, Input
-from streaming.deriving.derived_partition import COMMIT_S
+from streaming.deriving.derived_partition import COMMIT_S, DerivedPartition
 from streaming.deriving.deriver import PENDING_ROWS, Deriver
 from streaming.deriving.rekeying import Rekeying
+from streaming.deriving.transactions import Progress
 from streaming.keyed import WorkerError
 from streaming.records import RecordBatch, Reject
 from streaming.state import StateError
@@ -373,6 +375,22 @@ def test_a_commit_builds_on_the_one_before(tmp_path, deltas):
     saved = CheckpointStore(str(tmp_path)).load(last.stream, 0)
     assert len(saved.deltas) > 1
     assert Counting((saved.state, *saved.deltas)).seen == [20, 20]
+
+
+def test_a_slow_snapshot_delays_the_next_snapshot_but_no_delta():
+    commits = SimpleNamespace(epoch=1, wants_whole=lambda: True)
+    held = DerivedPartition(
+        JOINED, Counting(), commits, Progress(0, (0, 0), ""), [0, 0], began_s=0.0, heard_s=[0.0, 0.0], saved_s=0.0
+    )
+    held.begin(iter([100.0, 102.0]).__next__)
+    held.commit, held.moved = None, True
+    assert (held.due(103.0), held.due(119.0), held.due(120.0)) == (False, False, True)
+    commits.wants_whole = lambda: False
+    assert held.due(103.0)
+    held.begin(iter([103.0]).__next__)
+    held.commit, held.moved = None, True
+    commits.wants_whole = lambda: True
+    assert (held.due(119.0), held.due(120.0)) == (False, True)
 
 
 def test_a_zombie_is_fenced_and_ends(tmp_path):
