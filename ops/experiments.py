@@ -8,6 +8,7 @@ import base64
 import html
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
@@ -71,6 +72,40 @@ class Row:
     low: float | None = None
     high: float | None = None
     claim: str = "the one compared with"
+
+
+class Finished:
+    """What was trained of a comparison that is under way, so that one that was interrupted repeats none of it.
+
+    Args:
+        folder: holds a file for each training; removed by `forget`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def remember(self, outcome: Outcome, config: str) -> None:
+        """Keep the outcome of a training and what it was configured with."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(outcome.experiment, outcome.seed)
+        scratch = path.with_suffix(".writing")
+        scratch.write_text(json.dumps({"config": config, "outcome": asdict(outcome)}, default=str))
+        scratch.replace(path)
+
+    def recall(self, experiment: str, seed: int, config: str) -> Outcome | None:
+        """The outcome of a training, None where there is none with this configuration."""
+        try:
+            found = json.loads(self._path(experiment, seed).read_text())
+        except FileNotFoundError:
+            return None
+        return Outcome(**found["outcome"]) if found["config"] == config else None
+
+    def forget(self) -> None:
+        """The comparison is whole: the same command trains anew."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, experiment: str, seed: int) -> Path:
+        return self._folder / f"{experiment}-{seed}.json"
 
 
 def compare(outcomes: Sequence[Outcome], overrides: Mapping[str, Sequence[str]], higher_is_better: bool) -> list[Row]:

@@ -1,7 +1,11 @@
-"""Train several configurations with several seeds, side by side, and compare: `run_experiments.py A.yaml B.yaml`."""
+"""Train several configurations with several seeds, side by side, and compare: `run_experiments.py A.yaml B.yaml`.
+
+A comparison that was interrupted, or of which a training failed, goes on: what it has trained is not trained again,
+and what was under way goes on at its last checkpoint.
+"""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ from mlflow import MlflowClient
 from models import tasks
 from ops.configuration import load
 from ops.environment import Environment
-from ops.experiments import Outcome, SearchConfig, compare, write
+from ops.experiments import Finished, Outcome, SearchConfig, compare, write
 from ops.jobs import JobError, ray_session, run
 
 TRAIN_LOSS = "train_loss"
@@ -29,6 +33,8 @@ def main() -> dict[str, object]:
     first = next(iter(configs.values()))
     overrides: dict[str, Sequence[str]] = {path.stem: list(arguments.overrides) for path in paths}
     MlflowClient(environment.tracking_uri).search_experiments(max_results=1)  # makes the database before there are many
+    folder = arguments.report or environment.home / "reports" / arguments.name
+    finished = Finished(folder / "finished")
     with ray_session():
         found = kind.task(first, kind.data(first, environment.data, environment.home))
         trial = _Trial(task, environment, f"validation_{found.primary}", found.higher_is_better, arguments.name)
@@ -36,13 +42,21 @@ def main() -> dict[str, object]:
         if search is not None:
             for path in paths:
                 overrides[path.stem] = [*arguments.overrides, *_best(trial, path, arguments, search, room)]
+        recipes = {name: f"{config.model_dump_json()} {overrides[name]}" for name, config in configs.items()}
         jobs = [(path, seed) for path in paths for seed in range(arguments.seeds)]
-        outcomes = _train_all(trial, jobs, overrides, room)
+        known = {job: finished.recall(job[0].stem, job[1], recipes[job[0].stem]) for job in jobs}
+        for job, outcome in _train_all(trial, [job for job in jobs if known[job] is None], overrides, room):
+            known[job] = outcome
+            if outcome.score is not None:
+                finished.remember(outcome, recipes[outcome.experiment])
+    outcomes = [outcome for outcome in known.values() if outcome is not None]
     if all(outcome.score is None for outcome in outcomes):
         raise JobError(f"Every training failed; the first one: {outcomes[0].error}")
     rows = compare(outcomes, overrides, found.higher_is_better)
-    report = write(arguments.report or environment.home / "reports" / arguments.name, found.primary, rows, outcomes)
+    report = write(folder, found.primary, rows, outcomes)
     failed = sum(outcome.error is not None for outcome in outcomes)
+    if not failed:
+        finished.forget()
     return {"experiments": {row.experiment: row.mean for row in rows}, "failed": failed, "report": report}
 
 
@@ -108,19 +122,17 @@ def _room(trains: Sequence[Any]) -> int:
 
 def _train_all(
     trial: _Trial, jobs: Sequence[tuple[Path, int]], overrides: Mapping[str, Sequence[str]], room: int
-) -> list[Outcome]:
-    """The outcomes in the order of the jobs, as many at a time as there is room for."""
+) -> Iterator[tuple[tuple[Path, int], Outcome]]:
+    """The outcomes of jobs as they come, as many at a time as there is room for."""
     remote: Any = ray.remote(num_cpus=0)(_call)
-    waiting = list(enumerate(jobs))
-    running: dict[Any, int] = {}
-    done: dict[int, Outcome] = {}
+    waiting = list(jobs)
+    running: dict[Any, tuple[Path, int]] = {}
     while waiting or running:
         while waiting and len(running) < room:
-            number, (path, seed) = waiting.pop(0)
-            running[remote.remote(trial, path, seed, overrides[path.stem])] = number
+            path, seed = waiting.pop(0)
+            running[remote.remote(trial, path, seed, overrides[path.stem])] = path, seed
         ready, _ = ray.wait(list(running), num_returns=1)
-        done[running.pop(ready[0])] = ray.get(ready[0])
-    return [done[number] for number in range(len(jobs))]
+        yield running.pop(ready[0]), ray.get(ready[0])
 
 
 def _call(trial: _Trial, path: Path, seed: int, overrides: Sequence[str]) -> Outcome:

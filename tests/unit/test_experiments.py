@@ -1,6 +1,7 @@
 """Comparisons of experiments: what is claimed, what is not, and that reports say it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from scipy import stats
 
-from ops.experiments import Outcome, SearchConfig, compare, markdown, page, write
+from ops.experiments import Finished, Outcome, SearchConfig, compare, markdown, page, write
 
 
 def outcomes(name: str, scores: list[float | None]) -> list[Outcome]:
@@ -39,6 +40,18 @@ def test_nothing_is_claimed_without_ground(second: list[float | None], claim: st
     _, row = compare([*outcomes("a", [0.5, 0.52, 0.51]), *outcomes("b", second)], {}, False)
     assert claim in row.claim
     assert row.failed == second.count(None)
+
+
+def test_an_interrupted_comparison_knows_what_it_has_trained_with_the_same_recipe(tmp_path: Path) -> None:
+    finished, (outcome,) = Finished(tmp_path / "finished"), outcomes("a", [0.5])
+    finished.remember(outcome, "recipe")
+    again = Finished(tmp_path / "finished")
+    recalled = again.recall("a", 0, "recipe")
+    assert recalled is not None
+    assert json.dumps(asdict(recalled)) == json.dumps(asdict(outcome))
+    assert again.recall("a", 0, "another recipe") is again.recall("a", 1, "recipe") is None
+    finished.forget()
+    assert again.recall("a", 0, "recipe") is None
 
 
 def test_reports_hold_the_table_the_curves_and_no_markup_of_others(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class Runs:
         open,
         print,
     ],
-    ids=repr,
+    ids=["system", "eval", "getattr", "load", "zeros", "type", "inside a dict", "inside an array", "open", "print"],
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_nothing_runs(attack, protocol):
