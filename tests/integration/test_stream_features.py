@@ -270,7 +270,7 @@ def test_a_job_whose_ray_dies_ends_and_the_next_one_goes_on(kafka, tmp_path):
     try:
         wait_for(lambda: status.exists() and '"processed": 600' in status.read_text(), "the first events")
         next(one for one in psutil.Process(job.pid).children() if one.name() == "raylet").kill()
-        assert job.wait(60) == 2
+        assert job.wait(120) == 2
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
