@@ -102,10 +102,10 @@ def _compile_joins() -> None:
     for on in ("id", "number"):
         what = Derivation("join", "interval_join", (source, right), on, "", 0, on=on, unmatched=True)
         for join in (IntervalJoin(what), AsOfJoin(what)):
-            states = [join.snapshot()]
+            snapshot = join.snapshot()
             for side in (0, 1):
                 join.process(side, batch, now_us=0)
-            type(join).restore(what, *states, join.delta() or b"")
+            type(join).restore(what, snapshot, join.delta() or b"")
             join.drain()
     Rekeying(Derivation("keyed", "rekeyed", (source,), "id", "", 0)).process(0, batch, now_us=0)
     table = History(pa.array(["0", "1"]), np.zeros(2, dtype=np.int64), [b"}", b"}"], b"}")

@@ -15,7 +15,8 @@ import numpy as np
 from streaming.compile_kernels import kernel
 from streaming.deriving.buffered_join import BufferedJoin
 from streaming.deriving.derivation import Derivation
-from streaming.deriving.join_buffer import (
+from streaming.deriving.join_input import FUTURE, LATE
+from streaming.deriving.join_rows import (
     AHEAD,
     KEY,
     MATCHED,
@@ -32,7 +33,6 @@ from streaming.deriving.join_buffer import (
     push,
     with_room,
 )
-from streaming.deriving.join_input import FUTURE, LATE
 from streaming.plan import FUTURE_US
 from streaming.records import Bools, Ints
 from streaming.windows import NEVER_US

@@ -8,9 +8,10 @@ import numpy as np
 
 from streaming.derived import Derived
 from streaming.deriving.derivation import Derivation
-from streaming.deriving.join_buffer import Arrived, Buffers
+from streaming.deriving.join_buffer import Buffers
 from streaming.deriving.join_clock import JoinClock
 from streaming.deriving.join_input import FUTURE, LeftInput, RightInput, refused
+from streaming.deriving.join_rows import Arrived
 from streaming.records import Bools, Ints, RecordBatch
 from streaming.state import StateError, pack, unpack
 from streaming.windows import NEVER_US

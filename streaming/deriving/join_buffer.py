@@ -1,78 +1,47 @@
-"""Events that wait for others: rows and bytes of one side of a join in arrays, found by key, in order of event time.
+"""Events that wait for others: rows and bytes of both sides of a join, in arrays that grow and are compacted.
 
-Rows are appended in the order of arrival. Those of one key form a chain from the newest event time to the oldest, and
-of equal times from the last arrival to the first. What is no longer needed stays until `compact` drops it, which costs
-as much as there is and is due when that has doubled: so an event costs the same however much is held. Between two of
-these, the rows that were added and those that were given out say what has changed.
+What is no longer needed stays until `compact` drops it, which costs as much as there is and is due when that has
+doubled: so an event costs the same however much is held. Between two of these, the rows that were added and those that
+were given out say what has changed.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from streaming.cells import grown
-from streaming.compile_kernels import inlined, kernel
 from streaming.deriving.join_input import Events
-from streaming.deriving.raw_json import joined, read_only
+from streaming.deriving.join_rows import (
+    COUNT,
+    END,
+    KEY,
+    MATCHED,
+    MIDDLE,
+    NO_ROW,
+    OLDER,
+    START,
+    TIME,
+    USED,
+    WAITING,
+    WIDTH,
+    Arrived,
+    Held,
+    copy_kept,
+    first_seen,
+    link_all,
+)
+from streaming.deriving.raw_json import NO_SPAN, NO_TEXT, joined
 from streaming.keys import KeyIndex
-from streaming.memory import address, copy, prefetch
 from streaming.records import Bools, Bytes, Ints
 from streaming.windows import NEVER_US
 
-KEY, TIME, START, MIDDLE, END, OLDER, MATCHED = range(7)
-COUNT, USED, WAITING = range(3)
-NO_ROW = -1
-AHEAD = 8
-
-_WIDTH = 7
 _FEW_ROWS = 8_192
 _FEW_BYTES = 4 << 20
 _SPARE_ROWS = 256
 _SPARE_BYTES = 16 << 10
-
-
-class Arrived(NamedTuple):
-    """N records of one side as the kernels take them.
-
-    Attributes:
-        ids: [N] of the join key, -1 where the record cannot be read.
-        times: [N] microseconds.
-        now_us: The wall clock.
-        text: Holds the keys that the derived records get, which only the left side has.
-        keys: [N, 2] spans into `text`.
-        body: Holds what is kept of the values.
-        bodies: [N, 2] spans into `body`.
-    """
-
-    ids: Ints
-    times: Ints
-    now_us: int
-    text: Bytes
-    keys: Ints
-    body: Bytes
-    bodies: Ints
-
-
-class Held(NamedTuple):
-    """The arrays of a side.
-
-    Attributes:
-        rows: [C, 7] of each row the key, the time, where in `text` its bytes begin, those of its value begin, and they
-            end, the next older row of its key, and whether it has been given out.
-        text: The bytes.
-        newest: [K] the newest row of each key.
-        heap: [C, 2] time and row of those that wait for the watermark, the earliest first.
-        fill: [3] rows, bytes, and rows in the heap.
-    """
-
-    rows: Ints
-    text: Bytes
-    newest: Ints
-    heap: Ints
-    fill: Ints
+_NO_ROWS: Ints = np.zeros(0, dtype=np.int64)
 
 
 class Side:
@@ -87,7 +56,7 @@ class Side:
         self._waits, self._chained = waits, chained
         self._rows_told = self._bytes_told = 0
         nothing = np.zeros(0, dtype=np.int64)
-        self.held = self._filled(np.zeros((0, _WIDTH), dtype=np.int64), np.zeros(0, dtype=np.uint8), nothing, 0, 0)
+        self.held = self._filled(np.zeros((0, WIDTH), dtype=np.int64), np.zeros(0, dtype=np.uint8), nothing, 0, 0)
 
     @property
     def rows(self) -> Ints:
@@ -139,9 +108,9 @@ class Side:
         old = self.held
         count = int(kept.sum())
         used = int((self.rows[kept, END] - self.rows[kept, START]).sum())
-        rows = np.empty((count + count // 2 + _SPARE_ROWS, _WIDTH), dtype=np.int64)
+        rows = np.empty((count + count // 2 + _SPARE_ROWS, WIDTH), dtype=np.int64)
         text = np.empty(used + used // 2 + _SPARE_BYTES, dtype=np.uint8)
-        _keep(old.rows, old.text, kept, numbers, rows, text)
+        copy_kept(old.rows, old.text, kept, numbers, rows, text)
         moved = np.append(np.where(kept, np.cumsum(kept) - 1, NO_ROW), NO_ROW)
         rows[:count, OLDER] = moved[rows[:count, OLDER]]
         newest = np.full(len(order), NO_ROW, dtype=np.int64)
@@ -171,7 +140,7 @@ class Side:
         held.text[self.used_bytes : self.used_bytes + len(text)] = text
         held.fill[:WAITING] += len(rows), len(text)
         if self._chained:
-            _link_all(held, first)
+            link_all(held, first)
 
     def _tell(self) -> None:
         self._rows_told, self._bytes_told = len(self.rows), self.used_bytes
@@ -239,7 +208,7 @@ class Buffers:
     def compact(self, kept: tuple[Bools, Bools]) -> None:
         """Forgets rows but the kept ones of each side, and keys without any; equal contents give equal arrays."""
         keys = [side.rows[keep, KEY] for side, keep in zip(self.sides, kept, strict=True)]
-        numbers, order = _first_seen(np.concatenate(keys), len(self.index))
+        numbers, order = first_seen(np.concatenate(keys), len(self.index))
         for side, keep in zip(self.sides, kept, strict=True):
             side.keep(keep, numbers, order)
         self.index = self.index.kept(order)
@@ -255,7 +224,7 @@ class Buffers:
         """What is new since the last `state` or `added`, for `extend`; None where rows were forgotten since."""
         if self._keys_told is None:
             return None
-        given = np.unique(np.concatenate([NO_ROWS, *self._given]))
+        given = np.concatenate([_NO_ROWS, *self._given])
         arrays: list[npt.NDArray[Any]] = [*self.index.state(self._keys_told), given]
         arrays += [*self.sides[0].added(), *self.sides[1].added()]
         self._tell()
@@ -291,156 +260,10 @@ class Buffers:
             self._given.append(pairs[:, 0].copy())
         left, right = (side.held for side in self.sides)
         lefts = left.rows[pairs[:, 0]]
-        rights = np.full((len(pairs), 2), NO_ROW, dtype=np.int64)
+        rights = np.full((len(pairs), 2), NO_SPAN, dtype=np.int64)
         found = pairs[:, 1] != NO_ROW
         rights[found] = right.rows[pairs[found, 1], MIDDLE : END + 1]
-        nothing = np.full((len(pairs), 2), NO_ROW, dtype=np.int64)
-        keys = texts(left.text, np.ascontiguousarray(lefts[:, START : MIDDLE + 1]), left.text, nothing, NOTHING)
+        nothing = np.full((len(pairs), 2), NO_SPAN, dtype=np.int64)
+        keys = joined(left.text, np.ascontiguousarray(lefts[:, START : MIDDLE + 1]), left.text, nothing, NO_TEXT)
         spans = np.ascontiguousarray(lefts[:, MIDDLE : END + 1])
-        return keys, texts(left.text, spans, right.text, rights, nulls)
-
-
-NOTHING = read_only(np.zeros(0, dtype=np.uint8))
-NO_ROWS: Ints = np.zeros(0, dtype=np.int64)
-
-
-def texts(left: Bytes, left_spans: Ints, right: Bytes, right_spans: Ints, nothing: Bytes) -> list[bytes]:
-    """Each left span [N, 2] and after it its right one, or `nothing` where that starts at -1."""
-    text, ends = joined(read_only(left), left_spans, read_only(right), right_spans, nothing)
-    data = text.tobytes()
-    return [data[start:end] for start, end in pairwise(ends.tolist())]
-
-
-@kernel
-def insert(held: Held, arrived: Arrived, record: int) -> int:
-    """Appends a record and puts it into the chain of its key; returns its row."""
-    row = append(held, arrived, record)
-    _link(held, row)
-    return row
-
-
-@inlined
-def _link(held: Held, row: int) -> None:
-    rows = held.rows
-    key, time = rows[row, KEY], rows[row, TIME]
-    newer, older = NO_ROW, held.newest[key]
-    while older != NO_ROW and rows[older, TIME] > time:
-        newer, older = older, rows[older, OLDER]
-    rows[row, OLDER] = older
-    if newer == NO_ROW:
-        held.newest[key] = row
-    else:
-        rows[newer, OLDER] = row
-
-
-@kernel
-def _link_all(held: Held, first: int) -> None:
-    """Puts the rows from `first` on into the chains of their keys."""
-    for row in range(first, held.fill[COUNT]):
-        _link(held, row)
-
-
-@kernel
-def append(held: Held, arrived: Arrived, record: int) -> int:
-    """Appends a record, for which there is room, and returns its row."""
-    row, used = held.fill[COUNT], held.fill[USED]
-    rows, to = held.rows, address(held.text)
-    rows[row, KEY], rows[row, TIME], rows[row, START] = arrived.ids[record], arrived.times[record], used
-    start, end = arrived.keys[record, 0], arrived.keys[record, 1]
-    copy(to + used, address(arrived.text) + start, end - start)
-    used += end - start
-    rows[row, MIDDLE] = used
-    start, end = arrived.bodies[record, 0], arrived.bodies[record, 1]
-    copy(to + used, address(arrived.body) + start, end - start)
-    used += end - start
-    rows[row, END], rows[row, OLDER], rows[row, MATCHED] = used, NO_ROW, 0
-    held.fill[COUNT], held.fill[USED] = row + 1, used
-    return int(row)
-
-
-@kernel
-def push(held: Held, row: int) -> None:
-    """Lets a row wait."""
-    heap, time, at = held.heap, held.rows[row, TIME], held.fill[WAITING]
-    held.fill[WAITING] += 1
-    while at > 0:
-        parent = (at - 1) >> 1
-        if not _before(time, row, heap[parent, 0], heap[parent, 1]):
-            break
-        heap[at, 0], heap[at, 1] = heap[parent, 0], heap[parent, 1]
-        at = parent
-    heap[at, 0], heap[at, 1] = time, row
-
-
-@kernel
-def pop(held: Held) -> int:
-    """Takes out the row of the least time that waits, of equal times the first that came; there must be one."""
-    heap = held.heap
-    held.fill[WAITING] -= 1
-    count = held.fill[WAITING]
-    first, time, row, at = heap[0, 1], heap[count, 0], heap[count, 1], 0
-    while 2 * at + 1 < count:
-        child = 2 * at + 1
-        if child + 1 < count and _before(heap[child + 1, 0], heap[child + 1, 1], heap[child, 0], heap[child, 1]):
-            child += 1
-        if not _before(heap[child, 0], heap[child, 1], time, row):
-            break
-        heap[at, 0], heap[at, 1] = heap[child, 0], heap[child, 1]
-        at = child
-    heap[at, 0], heap[at, 1] = time, row
-    return int(first)
-
-
-@kernel
-def ask_for(own: Held, other: Held, arrived: Arrived, record: int) -> None:
-    """Begins to fetch the newest rows of the key of a record that is taken soon."""
-    if record < len(arrived.ids) and arrived.ids[record] >= 0:
-        key, size = arrived.ids[record], 8 * own.rows.shape[1]
-        prefetch(address(own.rows) + size * own.newest[key])
-        prefetch(address(other.rows) + size * other.newest[key])
-
-
-@kernel
-def with_room(pairs: Ints, count: int) -> Ints:
-    """The pairs, with room for one more."""
-    if count < len(pairs):
-        return pairs
-    larger = np.empty((2 * len(pairs), 2), dtype=np.int64)
-    larger[:count] = pairs
-    return larger
-
-
-@kernel
-def _before(time: int, row: int, other_time: int, other_row: int) -> bool:
-    return time < other_time or (time == other_time and row < other_row)
-
-
-@kernel
-def _keep(rows: Ints, text: Bytes, kept: Bools, numbers: Ints, to_rows: Ints, to_text: Bytes) -> None:
-    """Copies the kept rows with their keys' new numbers, `OLDER` still as before, and their bytes."""
-    count, used = 0, 0
-    for row in range(len(kept)):
-        if not kept[row]:
-            continue
-        start, length = rows[row, START], rows[row, END] - rows[row, START]
-        to_rows[count] = rows[row]
-        to_rows[count, KEY] = numbers[rows[row, KEY]]
-        to_rows[count, START], to_rows[count, MIDDLE] = used, used + rows[row, MIDDLE] - start
-        copy(address(to_text) + used, address(text) + start, length)
-        used += length
-        to_rows[count, END] = used
-        count += 1
-
-
-@kernel
-def _first_seen(keys: Ints, known: int) -> tuple[Ints, Ints]:
-    """New numbers [known] of keys in the order of their first sight, -1 for others, and the keys in that order."""
-    numbers = np.full(known, NO_ROW, dtype=np.int64)
-    order = np.empty(known, dtype=np.int64)
-    count = 0
-    for key in keys:
-        if numbers[key] == NO_ROW:
-            numbers[key] = count
-            order[count] = key
-            count += 1
-    return numbers, order[:count].copy()
+        return keys, joined(left.text, spans, right.text, rights, nulls)

@@ -7,8 +7,8 @@ import numpy as np
 
 from streaming.derived import Derived
 from streaming.deriving.derivation import Derivation
-from streaming.deriving.join_buffer import NO_ROW, NOTHING, texts
 from streaming.deriving.join_input import FUTURE, READ, Events, LeftInput, refused
+from streaming.deriving.raw_json import NO_SPAN, NO_TEXT, joined
 from streaming.plan import FUTURE_US
 from streaming.records import Bytes, Ints, RecordBatch
 from streaming.windows import NEVER_US
@@ -46,9 +46,9 @@ class Lookup(ABC):
         events = events._replace(readable=events.readable & ~future)
         rows = np.flatnonzero(events.readable)
         tails, spans, nulls = self._find(events, now_us)
-        nothing = np.full((len(rows), 2), NO_ROW, dtype=np.int64)
-        keys = texts(events.keys_text, events.keys[rows], NOTHING, nothing, NOTHING)
-        values = texts(events.body, events.bodies[rows], tails, spans[rows], nulls)
+        nothing = np.full((len(rows), 2), NO_SPAN, dtype=np.int64)
+        keys = joined(events.keys_text, events.keys[rows], NO_TEXT, nothing, NO_TEXT)
+        values = joined(events.body, events.bodies[rows], tails, spans[rows], nulls)
         self._clock_us = max(self._clock_us, int(events.times[rows].max(initial=-NEVER_US)))
         verdicts = np.where(future, FUTURE, READ)
         rejects = refused(batch, events.times, verdicts, np.full(len(verdicts), now_us), unread)

@@ -6,6 +6,7 @@ digits and texts their escapes. The values must have been accepted by `decode`: 
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import TypeVar, cast
 
@@ -32,6 +33,8 @@ from streaming.records import Bools, Bytes, Ints, RecordBatch
 
 T = TypeVar("T", bound=np.generic)
 
+NO_SPAN = -1
+
 _NULL = b"null"
 
 
@@ -40,6 +43,16 @@ def read_only(array: npt.NDArray[T]) -> npt.NDArray[T]:
     view = np.ascontiguousarray(array).view()
     view.flags.writeable = False
     return view
+
+
+NO_TEXT = read_only(np.zeros(0, dtype=np.uint8))
+
+
+def joined(left: Bytes, left_spans: Ints, right: Bytes, right_spans: Ints, nothing: Bytes) -> list[bytes]:
+    """Each left span [N, 2] and after it its right one, or `nothing` where that starts at `NO_SPAN`."""
+    text, ends = _join(read_only(left), left_spans, read_only(right), right_spans, nothing)
+    data = text.tobytes()
+    return [data[start:end] for start, end in pairwise(ends.tolist())]
 
 
 class Tails:
@@ -146,8 +159,8 @@ def decimal_texts(text: Bytes, spans: Ints, wanted: Bools) -> tuple[Bytes, Ints]
 
 
 @kernel
-def joined(left: Bytes, left_spans: Ints, right: Bytes, right_spans: Ints, nothing: Bytes) -> tuple[Bytes, Ints]:
-    """Each left span [N, 2] and after it its right one, or `nothing` where that starts at -1: text and ends [N + 1]."""
+def _join(left: Bytes, left_spans: Ints, right: Bytes, right_spans: Ints, nothing: Bytes) -> tuple[Bytes, Ints]:
+    """The texts of `joined`, one after the other, and their ends [N + 1]."""
     ends = np.zeros(len(left_spans) + 1, dtype=np.int64)
     for row in range(len(left_spans)):
         length = left_spans[row, 1] - left_spans[row, 0]

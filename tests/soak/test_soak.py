@@ -29,7 +29,6 @@ from feast.data_format import JsonFormat, ParquetFormat
 from feast.stream_feature_view import StreamFeatureView
 from feast.types import Float64, Int64, String
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.errors import KafkaError
 
 from ops.broker import Broker
 from ops.ports import free_ports
@@ -39,7 +38,8 @@ from streaming.topics import ensure_topics
 ROOT = Path(__file__).parents[2]
 SEEDS = int(os.environ.get("MILLRACE_SOAK_SEEDS", "1"))
 START = pd.Timestamp("2024-05-01T00:00:00Z")
-EVENTS, PARTITIONS, POISON, CRASHES = 6_000, 2, 40, 5
+EVENTS, PARTITIONS, CRASHES = 6_000, 2, 5
+POISONED = range(50, EVENTS, EVENTS // 40)
 PART = re.compile(r"-(\d{5})-(\d+)-(\d+)\.parquet")  # not one that covers no record
 WINDOW, SLIDE = pd.Timedelta(minutes=10), pd.Timedelta(minutes=1)
 
@@ -123,11 +123,10 @@ def oracle(frame: pd.DataFrame) -> dict:
 def produce(servers: str, frame: pd.DataFrame, done: threading.Event) -> None:
     """Exactly once each, slowly; a broker that is killed is waited for."""
     producer = KafkaProducer(bootstrap_servers=servers, delivery_timeout_ms=90_000, reconnect_backoff_max_ms=500)
-    poison = set(range(50, EVENTS, EVENTS // POISON))
     for at, row in enumerate(frame.itertuples()):
         value = json.dumps({"time": row.time.isoformat(), "user": row.user, "added": row.added}).encode()
         producer.send("actions", key=row.user.encode(), value=value, partition=row.partition)
-        if at in poison:
+        if at in POISONED:
             producer.send("actions", key=row.user.encode(), value=b"{poison", partition=row.partition)
         if at % 60 == 0:
             time.sleep(0.2)
@@ -148,103 +147,129 @@ def dead(servers: str) -> set:
     return found
 
 
-def ray_parts(job: subprocess.Popen) -> list[psutil.Process]:
-    """What a job's own Ray can't live without, once it has started."""
-    return [one for one in psutil.Process(job.pid).children(recursive=True) if one.name() in ("raylet", "gcs_server")]
+class Stream:
+    """The stream job on a Ray of its own; whenever it is found ended it is started again."""
+
+    def __init__(self, folder: Path, servers: str) -> None:
+        self._folder = folder
+        self._environ = os.environ | {
+            "MILLRACE_HOME": str(folder / "home"),
+            "KAFKA_BOOTSTRAP_SERVERS": servers,
+            "RAY_AUTH_TOKEN": "",
+            "OMP_NUM_THREADS": "1",
+        }
+        self._job: subprocess.Popen | None = None
+
+    def job(self) -> subprocess.Popen:
+        if self._job is None or self._job.poll() is not None:
+            command = [sys.executable, "ray_jobs/stream_features.py", "--repo", str(self._folder / "repo")]
+            with (self._folder / "job.log").open("a") as log:
+                self._job = subprocess.Popen(
+                    [*command, "--workers", "2"],
+                    cwd=ROOT,
+                    env=self._environ,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+        return self._job
+
+    def rows(self) -> list[dict]:
+        """What it says of each partition."""
+        try:
+            status = json.loads((self._folder / "home" / "stream" / "status.json").read_text())
+        except FileNotFoundError:
+            return []
+        return list(status["views"].get("activity", {}).values())
+
+    def kill(self) -> None:
+        if self._job is not None and self._job.poll() is None:
+            os.killpg(self._job.pid, signal.SIGKILL)
+            self._job.wait()
+
+    def kill_worker(self, dice: random.Random) -> None:
+        if pids := sorted({row["pid"] for row in self.rows()}):
+            with suppress(ProcessLookupError):
+                os.kill(dice.choice(pids), signal.SIGKILL)
+
+    def kill_ray(self, dice: random.Random) -> None:
+        """Kills one of the two processes that Ray can't live without, once they have started."""
+        below = psutil.Process(self.job().pid).children(recursive=True)
+        if parts := [one for one in below if one.name() in ("raylet", "gcs_server")]:
+            dice.choice(parts).kill()
+
+    def stop(self) -> None:
+        job = self.job()
+        os.kill(job.pid, signal.SIGTERM)
+        job.wait(90)
 
 
-def wait_gone(pid: int) -> None:
-    """A process that was killed holds its ports for a moment longer."""
-    with suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).wait(10)
+def crash_at_random(stream: Stream, broker: Broker, pid: int, dice: random.Random) -> None:
+    for _ in range(CRASHES):
+        time.sleep(dice.uniform(1, 6))
+        stream.job()
+        what = dice.choice(["worker", "worker", "job", "ray", "broker"])
+        if what == "worker":
+            stream.kill_worker(dice)
+        elif what == "job":
+            stream.kill()
+            stream.job()
+        elif what == "ray":
+            stream.kill_ray(dice)
+        else:
+            os.kill(pid, signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):
+                psutil.Process(pid).wait(10)  # it holds its ports for a moment longer
+            time.sleep(dice.uniform(0, 2))
+            pid = broker.start().pid
 
 
-def rows(status: Path) -> list[dict]:
-    try:
-        return list(json.loads(status.read_text())["views"].get("activity", {}).values())
-    except FileNotFoundError:
-        return []
+def catch_up(stream: Stream) -> None:
+    deadline = time.monotonic() + 180
+    while sum(row["processed"] + row["dead"] + row["late"] for row in stream.rows()) < EVENTS + len(POISONED):
+        assert time.monotonic() < deadline, stream.rows()
+        stream.job()
+        time.sleep(0.5)
+
+
+def check_values(store: FeatureStore, log: Path, expected: dict) -> None:
+    """Online store and newest rows of the log equal the oracle; no record is logged twice."""
+    names = ("count", "sum", "mean")
+    read = store.get_online_features(
+        [f"activity:{name}" for name in names], [{"user": user} for user in sorted(expected)]
+    ).to_dict()
+    assert {user: {name: read[name][at] for name in names} for at, user in enumerate(read["user"])} == expected
+    newest = duckdb.sql(
+        f"SELECT DISTINCT ON (user) * FROM '{log}/*.parquet'"
+        " ORDER BY user, event_timestamp DESC, created_timestamp DESC"
+    ).to_arrow_table()
+    assert {row["user"]: {name: row[name] for name in names} for row in newest.to_pylist()} == expected
+    found = [PART.search(path.name) for path in log.glob("*.parquet")]
+    spans = sorted(tuple(map(int, part.groups())) for part in found if part)
+    assert all(one[0] != two[0] or one[2] <= two[1] for one, two in pairwise(spans))
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_values_after_random_kills_equal_the_oracle(seed, tmp_path):
-    dice = random.Random(seed)  # noqa: S311 (not a secret)
     port, controller = free_ports(2)
     broker = Broker(tmp_path / "kafka", log=tmp_path / "kafka.log", port=port, controller_port=controller)
-    kafka = broker.start()
+    pid = broker.start().pid
     servers = broker.bootstrap_servers
-    status = tmp_path / "home" / "stream" / "status.json"
-    environ = os.environ | {
-        "MILLRACE_HOME": str(tmp_path / "home"),
-        "KAFKA_BOOTSTRAP_SERVERS": servers,
-        "RAY_AUTH_TOKEN": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "ray_jobs/stream_features.py", "--repo", str(tmp_path / "repo"), "--workers", "2"]
-
-    def start() -> subprocess.Popen:
-        with (tmp_path / "job.log").open("a") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log, start_new_session=True)
-
+    stream = Stream(tmp_path, servers)
     frame = history(seed)
-    job = None
     try:
         store = repository(tmp_path / "repo", servers)
         ensure_topics(servers, {"actions": PARTITIONS, "actions.dead": 1, "actions.late": 1})
         produced = threading.Event()
         threading.Thread(target=produce, args=(servers, frame, produced), daemon=True).start()
-        job = start()
-        for _ in range(CRASHES):
-            time.sleep(dice.uniform(1, 6))
-            job = job if job.poll() is None else start()
-            what = dice.choice(["worker", "worker", "job", "ray", "broker"])
-            pids = sorted({row["pid"] for row in rows(status)})
-            if what == "worker" and pids:
-                try:
-                    os.kill(dice.choice(pids), signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-            elif what == "job":
-                os.killpg(job.pid, signal.SIGKILL)
-                job.wait()
-                job = start()
-            elif what == "ray" and job.poll() is None and (parts := ray_parts(job)):
-                dice.choice(parts).kill()
-            elif what == "broker":
-                os.kill(kafka.pid, signal.SIGKILL)
-                wait_gone(kafka.pid)
-                time.sleep(dice.uniform(0, 2))
-                kafka = broker.start()
+        crash_at_random(stream, broker, pid, random.Random(seed))  # noqa: S311 (not a secret)
         assert produced.wait(180)
-        poison = len(range(50, EVENTS, EVENTS // POISON))
-        deadline = time.monotonic() + 180
-        while sum(row["processed"] + row["dead"] + row["late"] for row in rows(status)) < EVENTS + poison:
-            assert time.monotonic() < deadline, f"seed {seed}: {rows(status)}"
-            job = job if job.poll() is None else start()
-            time.sleep(0.5)
-        os.kill(job.pid, signal.SIGTERM)
-        job.wait(90)
-        totals = {name: sum(row[name] for row in rows(status)) for name in ("processed", "dead", "late", "lag")}
-        assert totals == {"processed": EVENTS, "dead": poison, "late": 0, "lag": 0}
-        expected = oracle(frame)
-        read = store.get_online_features(
-            [f"activity:{name}" for name in ("count", "sum", "mean")], [{"user": user} for user in sorted(expected)]
-        ).to_dict()
-        names = ("count", "sum", "mean")
-        assert {user: {name: read[name][at] for name in names} for at, user in enumerate(read["user"])} == expected
-        newest = duckdb.sql(
-            f"SELECT DISTINCT ON (user) * FROM '{tmp_path}/repo/data/log/*.parquet'"
-            " ORDER BY user, event_timestamp DESC, created_timestamp DESC"
-        ).to_arrow_table()
-        assert {row["user"]: {name: row[name] for name in names} for row in newest.to_pylist()} == expected
-        found = [PART.search(path.name) for path in (tmp_path / "repo/data/log").glob("*.parquet")]
-        spans = sorted(tuple(map(int, part.groups())) for part in found if part)
-        assert all(one[0] != two[0] or one[2] <= two[1] for one, two in pairwise(spans)), "no record is logged twice"
-        assert len(dead(servers)) == poison
-    except KafkaError as error:
-        raise AssertionError(f"seed {seed}") from error
+        catch_up(stream)
+        stream.stop()
+        totals = {name: sum(row[name] for row in stream.rows()) for name in ("processed", "dead", "late", "lag")}
+        assert totals == {"processed": EVENTS, "dead": len(POISONED), "late": 0, "lag": 0}
+        check_values(store, tmp_path / "repo" / "data" / "log", oracle(frame))
+        assert len(dead(servers)) == len(POISONED)
     finally:
-        if job is not None and job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.wait()
+        stream.kill()
         broker.stop()
