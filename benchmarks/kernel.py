@@ -32,7 +32,7 @@ def main() -> None:
     conditions = machine()
     three = plan((1, 5, 15))
     partition = Partition(three, 0)
-    rate = _rate(partition, 10_000, emitting=True)
+    rate = _rate(partition, 10_000, emissions_count=True)
     spread = {"batches": 4 * BATCHES, "events_per_s": SPREAD_PER_S}
     small = _rate(Partition(three, 0), 1_000, **spread)
     large = Partition(three, 0)
@@ -50,7 +50,7 @@ def main() -> None:
     at = f"10 aggregates x 3 windows, 120-byte JSON; {conditions}"
     emitting = f"an emission every {EMIT_EVERY * BATCH:,} events; {at}"
     minutes = 4 * BATCHES * BATCH // SPREAD_PER_S // 60
-    filled = f"{4 * BATCHES * BATCH:,} events over {minutes} minutes of event time; {at}"
+    filled = f"{4 * BATCHES * BATCH:,} events over {minutes} minutes of event time, emissions not counted; {at}"
     million = f"{keys:,} entities, {len(snapshot) / 2**20:,.0f} MiB; {filled}"
     write(
         "kernel",
@@ -90,17 +90,20 @@ def _rate(
     entities: int,
     batches: int = BATCHES,
     events_per_s: int = EVENTS_PER_S,
-    emitting: bool = False,
+    emissions_count: bool = False,
 ) -> float:
-    """Events a second of CPU, over the last quarter of the batches."""
+    """Events a second of CPU, over the last quarter of the batches; with or without what emissions take."""
     spent_s, events = 0.0, 0
     for number, batch in enumerate(_batches(entities, batches, events_per_s)):
         started_s = time.process_time()
         partition.process(batch, NOW_US)
-        if emitting and number % EMIT_EVERY == EMIT_EVERY - 1:
+        taken_s = time.process_time() - started_s
+        if number % EMIT_EVERY == EMIT_EVERY - 1:
             partition.emit()
+        if emissions_count:
+            taken_s = time.process_time() - started_s
         if number >= 3 * batches // 4:
-            spent_s += time.process_time() - started_s
+            spent_s += taken_s
             events += BATCH
     return events / spent_s
 

@@ -1,80 +1,76 @@
-"""The partial aggregates of all entities as one array of cells, with the sketches that some of the cells name."""
+"""The partial aggregates of all entities: rows of cells in a pool, with the sketches that some of the cells name."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from streaming import partials, sketches
-from streaming.compile_kernels import kernel
+from streaming.compile_kernels import inlined, kernel
+from streaming.memory import LINE_BYTES, address, lines, prefetch
 from streaming.partials import CELL, SKETCH
 from streaming.plan import Aggregate
-from streaming.records import Bools, Floats, Ints
+from streaming.records import Floats, Ints
 from streaming.sketches import Pools
 
 T = TypeVar("T", bound=np.generic)
+ForKernels = tuple[Ints, bool, Pools, Floats, Ints, Ints]
+
+_AHEAD = 16
 
 
 class Cells:
-    """R parts (panes of a ring, sessions) of S cells for each of K entities, part by part.
-
-    What is written at a time lies together so, and parts that no entity has used take no memory.
+    """Rows of a pool, each a pane's or a session's: so an entity takes memory for what it holds and no more.
 
     Args:
-        aggregates: What the parts hold, each with its column of the plan.
-        parts: R.
+        aggregates: What the rows hold, each with its column of the plan.
+        heads: Cells at the start of a row that are its owner's.
 
     Attributes:
-        layout: Of a part.
-        array: float64 [R, K, S].
+        layout: Of a row behind the heads.
+        rows: float64 [B, heads + S and up to 3 more]; row 0 is nobody's, so that 0 can stand for none.
+        free: [B] numbers of free rows, in `n_free` [1] first ones; the last of them is taken next.
         pools: The sketches.
     """
 
-    def __init__(self, aggregates: Sequence[tuple[int, Aggregate]], parts: int) -> None:
+    def __init__(self, aggregates: Sequence[tuple[int, Aggregate]], heads: int) -> None:
         self.layout = partials.layout(aggregates)
         self.pools = sketches.empty_pools(self.layout.top_k)
-        self.array: Floats = np.zeros((parts, 0, self.layout.size))
+        self._heads = heads
+        self._end = heads + self.layout.size
+        self.rows: Floats = lines(1, -(-self._end // 4) * 4).view(np.float64)
+        self.free: Ints = np.zeros(1, dtype=np.int64)
+        self.n_free: Ints = np.zeros(1, dtype=np.int64)
 
     @property
     def has_sketches(self) -> bool:
-        """Whether the cells of an entity are not its whole state."""
+        """Whether the cells of a row are not all that it holds."""
         return any(self.layout.blocks)
 
     @property
-    def bytes_per_key(self) -> int:
-        """Memory that one entity takes, sketches not counted."""
-        return 8 * len(self.array) * self.layout.size
+    def held(self) -> int:
+        """How many rows are not free."""
+        return len(self.rows) - 1 - int(self.n_free[0])
 
     @property
-    def pool_bytes(self) -> int:
-        """Memory of the sketches."""
-        return sum(array.nbytes for array in self.pools)
+    def for_kernels(self) -> ForKernels:
+        """What every kernel that takes or gives back rows is called with."""
+        return self.layout.operations, self.has_sketches, self.pools, self.rows, self.free, self.n_free
 
-    def reserve(self, keys: int) -> None:
-        """Makes room for exactly so many entities, not fewer than there are."""
-        before, self.array = self.array, np.zeros((len(self.array), keys, self.layout.size))
-        self.array[:, : before.shape[1]] = before
+    def nbytes(self, events: int = 0) -> int:
+        """Memory that is taken once there is room for so many events."""
+        rows: int = self._size(events) * 8 * (1 + self.rows.shape[1])
+        return rows + sketches.nbytes(self.pools, self._blocks(events))
 
-    def reserve_sketches(self, events: int) -> None:
+    def reserve(self, events: int) -> None:
         """Makes room for what so many events can need."""
-        if self.has_sketches:
-            self.pools = sketches.reserve(self.pools, [events * blocks for blocks in self.layout.blocks])
+        self._reserve_rows(events)
+        self.pools = sketches.reserve(self.pools, self._blocks(events))
 
-    def keep(self, ids: Ints) -> None:
-        """Forgets all entities but those of `ids`, which become 0, 1, ... in this order."""
-        if self.has_sketches:
-            gone = np.setdiff1d(np.arange(self.array.shape[1]), ids)
-            _clear(gone, self.layout.operations, self.pools, self.array)
-        self.array = np.take(self.array, ids, axis=1)
-
-    def state(self, ids: Ints, held: Bools) -> list[npt.NDArray[Any]]:
-        """The cells of those parts of M entities that are held [R, M], and their sketches, for `restore`."""
-        ends = np.cumsum(held.sum(axis=1)).tolist()
-        cells = np.empty((ends[-1], self.layout.size))
-        for part, (start, end) in enumerate(pairwise([0, *ends])):
-            np.take(self.array[part], ids[held[part]], axis=0, out=cells[start:end], mode="clip")
+    def state(self, rows: Ints) -> list[npt.NDArray[Any]]:
+        """The cells of some rows, without the heads, and their sketches, for `restore`."""
+        cells = self.rows[rows, self._heads : self._end]
         arrays: list[npt.NDArray[Any]] = [cells]
         for kind, cell in self._sketches:
             taken = cells[:, cell] > 0.0
@@ -82,13 +78,8 @@ class Cells:
             cells[taken, cell] = 1.0
         return arrays
 
-    def restore(self, ids: Ints, held: Bools, arrays: Sequence[npt.NDArray[Any]]) -> None:
-        """Takes copies of the arrays of `state` for these parts of M entities, for which there is room.
-
-        Other parts of these entities must not be read before they are emptied.
-        """
-        if any(len(pool) > 1 for pool in self.pools[:3]):
-            _clear(ids, self.layout.operations, self.pools, self.array)
+    def restore(self, arrays: Sequence[npt.NDArray[Any]]) -> Ints:
+        """The numbers of rows that were free and now hold copies of the arrays of `state`; their heads are zero."""
         cells = arrays[0].copy() if self.has_sketches else arrays[0]
         needed = [0, 0, 0]
         for kind, cell in self._sketches:
@@ -97,16 +88,31 @@ class Cells:
         for (kind, cell), contents in zip(self._sketches, zip(arrays[1::2], arrays[2::2], strict=True), strict=True):
             taken = cells[:, cell] > 0.0
             cells[taken, cell] = sketches.unpack(self.pools, kind, int(taken.sum()), contents)
-        start = 0
-        for part in range(len(self.array)):
-            rows = ids[held[part]]
-            self.array[part, rows] = cells[start : start + len(rows)]
-            start += len(rows)
+        self._reserve_rows(len(cells))
+        self.n_free -= len(cells)
+        rows = self.free[self.n_free[0] :][: len(cells)][::-1].copy()
+        self.rows[rows, : self._heads] = 0.0
+        self.rows[rows, self._heads : self._end] = cells
+        return rows
 
     @property
     def _sketches(self) -> list[tuple[int, int]]:
-        """The kind of each sketch of a part, and the cell that names its block."""
+        """The kind of each sketch of a row, and the cell that names its block."""
         return [(row[SKETCH], row[CELL]) for row in self.layout.operations.tolist() if row[SKETCH] >= 0]
+
+    def _blocks(self, events: int) -> list[int]:
+        return [events * blocks for blocks in self.layout.blocks]
+
+    def _size(self, wanted: int) -> int:
+        return sketches.grown_size(len(self.rows), int(self.n_free[0]), wanted)
+
+    def _reserve_rows(self, wanted: int) -> None:
+        before, size = len(self.rows), self._size(wanted)
+        if size > before:
+            free = sketches.grown_stack(self.free[: self.n_free[0]], before, size)
+            rows, self.rows = self.rows, lines(size, self.rows.shape[1]).view(np.float64)
+            self.rows[:before] = rows
+            self.free, self.n_free = grown(free, size, 0), np.array([len(free)])
 
 
 def grown(array: npt.NDArray[T], rows: int, fill: int) -> npt.NDArray[T]:
@@ -118,9 +124,35 @@ def grown(array: npt.NDArray[T], rows: int, fill: int) -> npt.NDArray[T]:
     return larger
 
 
+@inlined
+def prefetch_row(rows: Floats, row: int) -> None:
+    """Asks for the memory of a row."""
+    start, size = address(rows) + 8 * row * rows.shape[1], 8 * rows.shape[1]
+    for line in range(0, size, LINE_BYTES):
+        prefetch(start + line)
+
+
+@inlined
+def take_row(rows: Floats, free: Ints, n_free: Ints, heads: int) -> int:
+    """A free row, its cells behind the heads zero; the memory of one that is taken soon is asked for."""
+    n_free[0] -= 1
+    row, width = free[n_free[0]], rows.shape[1]
+    if n_free[0] >= _AHEAD:
+        prefetch_row(rows, free[n_free[0] - _AHEAD])
+    for cell in range(heads, width):
+        rows[row, cell] = 0.0
+    return int(row)
+
+
 @kernel
-def _clear(ids: Ints, operations: Ints, pools: Pools, cells: Floats) -> None:
-    parts, keys, size = cells.shape
-    for key in ids:
-        for part in range(parts):
-            partials.clear(cells.reshape(-1), (part * keys + key) * size, size, operations, pools, True)
+def give_row(
+    row: int, heads: int, operations: Ints, has_sketches: bool, pools: Pools, rows: Floats, free: Ints, n_free: Ints
+) -> None:
+    """Gives a row back, and its sketches."""
+    if has_sketches:
+        for number in range(len(operations)):
+            kind, cell = operations[number, SKETCH], heads + operations[number, CELL]
+            if kind >= 0 and rows[row, cell] != 0.0:
+                sketches.give_block(pools, kind, int(rows[row, cell]))
+    free[n_free[0]] = row
+    n_free[0] += 1

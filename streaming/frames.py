@@ -8,20 +8,20 @@ from streaming.last_events import LastEvents
 from streaming.plan import Aggregate, Plan
 from streaming.records import Bools, Floats, Ints
 from streaming.sessions import Sessions
-from streaming.windows import PaneRing, Reading
+from streaming.windows import Panes, Reading
 
 _LIFETIME_GRAIN_US = 60_000_000
 
 
 class Frame(Protocol):
-    """Windows of one shape over all entities: `PaneRing`, `Sessions` or `LastEvents`."""
+    """Windows of one shape over all entities: `Panes`, `Sessions` or `LastEvents`."""
 
     readings: tuple[Reading, ...]
-    _size: int
 
-    def reserve(self, keys: int) -> None: ...  # noqa: D102
-    def bytes_per_key(self) -> int: ...  # noqa: D102
-    def pool_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def held(self) -> int: ...  # noqa: D102
+    def nbytes(self, keys: int, events: int = 0) -> int: ...  # noqa: D102
+    def reserve(self, keys: int, events: int) -> None: ...  # noqa: D102
     def closed(self, times: Ints, marks: Ints) -> Bools: ...  # noqa: D102
     def add(  # noqa: D102
         self, ids: Ints, times: Ints, marks: Ints, values: Floats, present: Bools, due_us: Ints
@@ -50,15 +50,10 @@ def frames(plan: Plan) -> tuple[list[Frame], list[tuple[int, Reading]]]:
         elif kind == "session":
             frames.append(Sessions(group, plan.lateness_us, history_us, final))
         else:
-            frames.append(PaneRing(group, plan.lateness_us, history_us if final else 0, final))
+            frames.append(Panes(group, plan.lateness_us, history_us if final else 0, final))
         for (_, aggregate), reading in zip(group, frames[-1].readings, strict=True):
             found[aggregate.name] = (len(frames) - 1, reading)
     return frames, [found[aggregate.name] for aggregate in plan.aggregates]
-
-
-def held(frame: Frame, keys: int, mark_us: int) -> int:
-    """Panes, sessions or last events kept for those of the first `keys` entities that hold any from a watermark on."""
-    return frame._size * int(keys - frame.empty(keys, mark_us).sum())
 
 
 def grain_us(aggregate: Aggregate) -> int:

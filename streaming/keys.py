@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from streaming.compile_kernels import inlined, kernel
-from streaming.memory import address, byte, prefetch, word
+from streaming.memory import LINE_BYTES, address, byte, lines, prefetch, word
 from streaming.plan import EntityType
 from streaming.records import Bools, Bytes, Floats, Ints
 
@@ -17,6 +17,8 @@ T = TypeVar("T", bound=np.generic)
 _EMPTY = -1
 _ID_BITS = 32
 _ID = (1 << _ID_BITS) - 1
+_SLOT_BYTES = 32
+_SHORT = 24
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _FINAL_PRIME = np.uint64(0xFF51AFD7ED558CCD)
 _HALF = np.uint64(32)
@@ -27,13 +29,14 @@ _POSITIVE = np.uint64(0x7FFFFFFFFFFFFFFF)
 class KeyIndex:
     """A hash table (open addressing) from the bytes of an entity to its id; an int64 entity is its 8 bytes.
 
-    A slot is two words: the length of the text above the id, or -1, and where the text starts.
+    A slot is four words, half a cache line: the length of the text above the id, or -1; then the text itself, zeros
+    behind it, or of one of more than 24 bytes where it starts, its hash and nothing.
     """
 
     def __init__(self) -> None:
         self._text = np.empty(1024, dtype=np.uint8)
         self._starts = np.zeros(65, dtype=np.int64)
-        self._slots = np.full((128, 2), _EMPTY, dtype=np.int64)
+        self._slots = _empty_slots(128)
         self._count = 0
 
     def __len__(self) -> int:
@@ -107,8 +110,14 @@ class KeyIndex:
             size = len(self._slots)
             while size < 2 * count:
                 size *= 2
-            self._slots = np.full((size, 2), _EMPTY, dtype=np.int64)
+            self._slots = _empty_slots(size)
             _reinsert(self._text, self._starts, self._slots, self._count)
+
+
+def _empty_slots(size: int) -> Ints:
+    slots = lines(size, _SLOT_BYTES // 8)
+    slots[:, 0] = _EMPTY
+    return slots
 
 
 def _grown(array: npt.NDArray[T], needed: int) -> npt.NDArray[T]:
@@ -170,6 +179,46 @@ def _equal(one: int, other: int, length: int) -> bool:
     return True
 
 
+@inlined
+def _words(start: int, length: int, hashed: int, first: int) -> tuple[int, int, int]:
+    """The last three words of the slot of a text at an address, which starts at `first` in the index."""
+    if length > _SHORT:
+        return first, hashed, 0
+    if length < 8:
+        short = np.uint64(0)
+        for i in range(length):
+            short |= np.uint64(byte(start + i)) << np.uint64(8 * i)
+        return int(np.int64(short)), 0, 0
+    end = np.uint64(0) if length % 8 == 0 else word(start + length - 8) >> np.uint64(64 - 8 * (length % 8))
+    second = word(start + 8) if length >= 16 else end
+    third = word(start + 16) if length == _SHORT else end if length >= 16 else np.uint64(0)
+    return int(np.int64(word(start))), int(np.int64(second)), int(np.int64(third))
+
+
+@inlined
+def _place(hashed: int, step: int) -> int:
+    """Where a text may be that is in none of `step` places before: the other slot of each cache line comes first."""
+    return ((hashed >> 1) + (step >> 1)) << 1 | (hashed ^ step) & 1
+
+
+@inlined
+def _probe(start: int, length: int, hashed: int, known_base: int, slots: Ints) -> int:
+    """The slot of a text, or the empty one where it belongs."""
+    one, two, three = _words(start, length, hashed, 0)
+    mask = len(slots) - 1
+    step, slot = 0, hashed & mask
+    while slots[slot, 0] != _EMPTY:
+        if slots[slot, 0] >> _ID_BITS == length and slots[slot, 2] == two:
+            if length > _SHORT:
+                if _equal(known_base + slots[slot, 1], start, length):
+                    break
+            elif slots[slot, 1] == one and slots[slot, 3] == three:
+                break
+        step += 1
+        slot = _place(hashed, step) & mask
+    return slot
+
+
 @kernel
 def _assign(
     text: Bytes, spans: Ints, wanted: Bools, known: Bytes, starts: Ints, slots: Ints, count: int, ids: Ints
@@ -178,14 +227,16 @@ def _assign(
     base, known_base, slots_base = address(text), address(known), address(slots)
     hashes = np.empty(len(spans), dtype=np.int64)
     for ahead in range(len(spans) + 2 * _AHEAD):
-        # Two steps that each wait for memory are begun for later rows: the slot, then the text that it names.
+        # Two steps that each wait for memory are begun for later rows: the slot, then the text if it is elsewhere.
         row = ahead
         if row < len(spans) and wanted[row]:
-            hashes[row] = _hash(base + spans[row, 0], base + spans[row, 1]) & mask
-            prefetch(slots_base + 16 * hashes[row])
+            hashes[row] = _hash(base + spans[row, 0], base + spans[row, 1])
+            slot_at = slots_base + _SLOT_BYTES * (hashes[row] & mask)
+            prefetch(slot_at)
+            prefetch(slot_at + LINE_BYTES)  # one in ten is in the next line
         row -= _AHEAD
-        if 0 <= row < len(spans) and wanted[row]:
-            prefetch(known_base + slots[hashes[row], 1])
+        if 0 <= row < len(spans) and wanted[row] and spans[row, 1] - spans[row, 0] > _SHORT:
+            prefetch(known_base + slots[hashes[row] & mask, 1])
         row -= _AHEAD
         if row < 0 or not wanted[row]:
             continue
@@ -195,20 +246,11 @@ def _assign(
             first = starts[count]
             known[first : first + length] = text[start : start + length]
             starts[count + 1] = first + length
-            slots[slot, 0], slots[slot, 1] = length << _ID_BITS | count, first
+            slots[slot, 0] = length << _ID_BITS | count
+            slots[slot, 1], slots[slot, 2], slots[slot, 3] = _words(base + start, length, hashes[row], first)
             count += 1
         ids[row] = slots[slot, 0] & _ID
     return count
-
-
-@inlined
-def _probe(start: int, length: int, slot: int, known_base: int, slots: Ints) -> int:
-    """The slot of a text, or the empty one where it belongs."""
-    while slots[slot, 0] != _EMPTY:
-        if slots[slot, 0] >> _ID_BITS == length and _equal(known_base + slots[slot, 1], start, length):
-            break
-        slot = (slot + 1) & (len(slots) - 1)
-    return slot
 
 
 @kernel
@@ -218,8 +260,8 @@ def _find(text: Bytes, spans: Ints, wanted: Bools, known: Bytes, slots: Ints) ->
     for row in range(len(spans)):
         if not wanted[row]:
             continue
-        start, length = base + spans[row, 0], spans[row, 1] - spans[row, 0]
-        slot = _probe(start, length, _hash(start, start + length) & (len(slots) - 1), known_base, slots)
+        start, end = base + spans[row, 0], base + spans[row, 1]
+        slot = _probe(start, end - start, _hash(start, end), known_base, slots)
         if slots[slot, 0] != _EMPTY:
             ids[row] = slots[slot, 0] & _ID
     return ids
@@ -230,11 +272,14 @@ def _reinsert(text: Bytes, starts: Ints, slots: Ints, count: int) -> None:
     mask = len(slots) - 1
     base = address(text)
     for entity in range(count):
-        slot = _hash(base + starts[entity], base + starts[entity + 1]) & mask
+        first, length = starts[entity], starts[entity + 1] - starts[entity]
+        hashed = _hash(base + first, base + first + length)
+        step, slot = 0, hashed & mask
         while slots[slot, 0] != _EMPTY:
-            slot = (slot + 1) & mask
-        slots[slot, 0] = (starts[entity + 1] - starts[entity]) << _ID_BITS | entity
-        slots[slot, 1] = starts[entity]
+            step += 1
+            slot = _place(hashed, step) & mask
+        slots[slot, 0] = length << _ID_BITS | entity
+        slots[slot, 1], slots[slot, 2], slots[slot, 3] = _words(base + first, length, hashed, first)
 
 
 @kernel

@@ -38,20 +38,20 @@ class LastEvents:
         self._values = np.zeros((0, self._size, self._width))
         self._present = np.zeros((0, self._size, self._width), dtype=np.bool_)
 
-    def reserve(self, keys: int) -> None:
-        """Makes room for `keys` entities; arrays grow by doubling."""
+    @property
+    def held(self) -> int:
+        """How many events there are."""
+        return int(self._counts.sum())
+
+    def nbytes(self, keys: int, events: int = 0) -> int:
+        """Memory that is taken once there is room for so many entities; events need none of their own."""
+        return keys * (8 + self._size * (8 + 9 * self._width)) + sum(array.nbytes for array in self._pools)
+
+    def reserve(self, keys: int, events: int) -> None:
+        """Makes room for so many entities."""
         if keys > len(self._counts):
-            keys = max(keys, 2 * len(self._counts))
             self._counts, self._times = grown(self._counts, keys, 0), grown(self._times, keys, 0)
             self._values, self._present = grown(self._values, keys, 0), grown(self._present, keys, 0)
-
-    def bytes_per_key(self) -> int:
-        """Memory that one entity takes."""
-        return 8 + self._size * (8 + 9 * self._width)
-
-    def pool_bytes(self) -> int:
-        """Memory of the sketches."""
-        return sum(array.nbytes for array in self._pools)
 
     def closed(self, times: Ints, marks: Ints) -> Bools:
         """No event [N] is too late to be among the last."""

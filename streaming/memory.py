@@ -1,4 +1,4 @@
-"""Single instructions for compiled code that numba has no name for: bytes by address, bits of words and floats.
+"""What numba has no name for: cache lines, and instructions for bytes by address, bits of words and floats.
 
 Those that take an address do not check bounds: whoever uses them does. On a machine with the other byte order
 `first_byte` would count from the wrong end; numba runs on none.
@@ -14,6 +14,19 @@ from numba import types
 from numba.extending import intrinsic
 
 from streaming.compile_kernels import kernel
+from streaming.records import Ints
+
+LINE_BYTES = 64
+
+
+def lines(rows: int, words: int) -> Ints:
+    """Zeros [rows, words] that begin where a line of the cache does.
+
+    Rows of 4 words, or of a multiple, so lie in as few lines as they can.
+    """
+    memory = np.zeros(rows * words + LINE_BYTES // 8, dtype=np.int64)
+    start = -memory.ctypes.data % LINE_BYTES // 8
+    return memory[start : start + rows * words].reshape(rows, words)
 
 
 @kernel

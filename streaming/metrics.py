@@ -31,7 +31,7 @@ FIGURES = (
     ("derived", "counter", "derived", "Records of a derived topic that were committed"),
     ("lost", "counter", "lost", "Records that retention removed before they were read"),
     ("keys", "gauge", "keys", "Entities in the state"),
-    ("panes", "gauge", "panes", "Panes, sessions and last events kept for the entities that hold any"),
+    ("panes", "gauge", "panes", "Panes, sessions and last events that are kept"),
     ("drifts", "counter", "drifts", "Events at which a model has detected drift"),
     ("state_bytes", "gauge", "state_bytes", "Memory held by the state"),
     ("checkpoint_age_seconds", "gauge", "checkpoint_age_s", "Time since the state was last saved or had not changed"),

@@ -15,10 +15,12 @@ import pyarrow as pa
 
 from streaming import features
 from streaming.cells import grown
+from streaming.compile_kernels import kernel
 from streaming.decode import Columns
-from streaming.frames import frames, grain_us, held
+from streaming.frames import frames, grain_us
 from streaming.key_clocks import KeyClocks
 from streaming.keys import KeyIndex
+from streaming.memory import address, prefetch
 from streaming.plan import Plan
 from streaming.records import Bools, Drift, Emission, Floats, Ints, RecordBatch, Reject, RejectKind, iso
 from streaming.state import StateError, pack, unpack
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 _CHANGED_US = -NEVER_US
 _FEW_KEYS = 10_000
+_AHEAD = 16
 _NONE = np.zeros(0, dtype=np.int64)
 
 
@@ -109,8 +112,8 @@ class Partition:
 
     @property
     def panes(self) -> int:
-        """Panes, sessions and last events kept for the entities that hold any."""
-        return sum(held(frame, len(self._keys), self.watermark_us) for frame in self._frames)
+        """Panes, sessions and last events that are kept."""
+        return sum(frame.held for frame in self._frames)
 
     def process(self, batch: RecordBatch, now_us: int) -> list[Reject]:
         """Takes the records of all `pieces` and returns those that changed nothing, in offset order."""
@@ -301,22 +304,18 @@ class Partition:
         for slot, (column, index) in enumerate(self._texts.items()):
             here = wanted & columns.present[:, column]
             columns.values[:, column] = index.ids(columns.text, columns.texts[:, slot], here)
-        self._reserve(len(self._keys))
+        self._reserve(len(self._keys), int(wanted.sum()))
         return ids
 
     def _fill(self, ids: Ints, times: Ints, marks: Ints, values: Floats, present: Bools, now_us: int) -> None:
         """Adds events to all windows."""
         for frame in self._frames:
             frame.add(ids, times, marks, values, present, self._due_us)
-        known = ids >= 0
-        taken = ids[known]
-        self._changed[taken] = True
-        if not self._final:
-            self._due_us[taken] = _CHANGED_US
+        _note_changed(ids, self._changed, self._due_us[: (not self._final) * len(self._due_us)])
         if self.plan.idle_ttl_us:
-            np.maximum.at(self._seen_us, taken, times[known])
+            np.maximum.at(self._seen_us, ids[ids >= 0], times[ids >= 0])
         if self._clocks is not None:
-            self._clocks.move(taken, times[known], now_us)
+            self._clocks.move(ids[ids >= 0], times[ids >= 0], now_us)
 
     def _finish(self, mark_us: int) -> None:
         """Notes the final windows that end at or before a watermark, each entity's in order of time."""
@@ -368,32 +367,32 @@ class Partition:
         self._due_us, self._seen_us, self._changed = self._due_us[ids], self._seen_us[ids], self._changed[ids]
         if self._clocks is not None:
             self._clocks.keep(ids)
-        for frame in self._frames:
-            frame.reserve(len(ids))
 
-    def _reserve(self, keys: int) -> None:
-        if keys <= len(self._due_us):
-            return
-        capacity = max(keys, 2 * len(self._due_us))
-        if self._max_state_bytes is not None and self._bytes_of(capacity) > self._max_state_bytes:
-            raise StateError(
-                f"Partition {self.partition} of view '{self.plan.view}' holds {keys:,} entities and needs"
-                f" {self._bytes_of(capacity) / 2**20:,.0f} MiB for more, over its limit of"
-                f" {self._max_state_bytes / 2**20:,.0f}: raise the limit, add partitions, or shorten the windows."
-            )
+    def _reserve(self, keys: int, events: int) -> None:
+        """Makes room for so many entities, and for what so many more events can need."""
+        capacity = len(self._due_us) if keys <= len(self._due_us) else max(keys, 2 * len(self._due_us))
+        if self._max_state_bytes is not None:
+            needed = self._bytes_of(capacity, events)
+            if needed > max(self._max_state_bytes, self.state_bytes):
+                raise StateError(
+                    f"Partition {self.partition} of view '{self.plan.view}' holds {keys:,} entities and needs"
+                    f" {needed / 2**20:,.0f} MiB for more, over its limit of"
+                    f" {self._max_state_bytes / 2**20:,.0f}: raise the limit, add partitions, or shorten the windows."
+                )
         for frame in self._frames:
-            frame.reserve(keys)
+            frame.reserve(capacity, events)
+        if capacity == len(self._due_us):
+            return
         if self._clocks is not None:
             self._clocks.reserve(capacity)
         self._due_us = grown(self._due_us, capacity, NEVER_US)
         self._seen_us = grown(self._seen_us, capacity, -NEVER_US)
         self._changed = grown(self._changed, capacity, 0)
 
-    def _bytes_of(self, keys: int) -> int:
-        each = 17 + sum(frame.bytes_per_key() for frame in self._frames)
+    def _bytes_of(self, keys: int, events: int = 0) -> int:
         indexes = self._keys.nbytes + sum(index.nbytes for index in self._texts.values())
         models = 0 if self._models is None else self._models.nbytes
-        return keys * each + indexes + models + sum(frame.pool_bytes() for frame in self._frames)
+        return 17 * keys + indexes + models + sum(frame.nbytes(keys, events) for frame in self._frames)
 
     def _header(self, kind: str) -> dict[str, Any]:
         return {
@@ -448,7 +447,7 @@ class Partition:
         self._processed, self._dead, self._late = header["counters"]
         rest = iter(arrays)
         self._keys.extend(next(rest), next(rest))
-        self._reserve(len(self._keys))
+        self._reserve(len(self._keys), 0)
         ids = np.arange(len(self._keys)) if header["kind"] == "snapshot" else next(rest)
         self._due_us[ids], self._seen_us[ids] = next(rest), next(rest)
         if self._clocks is not None:
@@ -460,6 +459,19 @@ class Partition:
         if self._models is not None:
             self._models.restore(rest)
         self._note_told()
+
+
+@kernel
+def _note_changed(ids: Ints, changed: Bools, due_us: Ints) -> None:
+    """Marks the entities of N events, but for those of id -1, as changed, and as due where there is `due_us` [K]."""
+    due_base = address(due_us)
+    for row in range(len(ids)):
+        if row + _AHEAD < len(ids):
+            prefetch(due_base + 8 * ids[row + _AHEAD])
+        if ids[row] >= 0:
+            changed[ids[row]] = True
+            if len(due_us):
+                due_us[ids[row]] = _CHANGED_US
 
 
 def _models(plan: Plan) -> "Models | None":

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streaming import partials
-from streaming.cells import Cells, grown
+from streaming.cells import Cells, give_row, take_row
 from streaming.compile_kernels import kernel
 from streaming.partials import CELL, COUNT_CELL, SKETCH, Estimates
 from streaming.plan import Aggregate
@@ -19,11 +19,11 @@ from streaming.records import Bools, Floats, Ints
 from streaming.sketches import Pools
 from streaming.windows import NEVER_US, outputs
 
-_FIRST, _LAST, _TOLD = range(3)
+_FIRST, _LAST, _TOLD, _ROW = range(4)
 
 
 class Sessions:
-    """The sessions of one gap: bounds [K, R, 3] (first, last, whether told) and cells [R, K, S], newest first.
+    """The sessions of one gap, newest first: [K, R, 4] first and last event, whether told, the row of their cells or 0.
 
     R is how many sessions can be open within the watermark's delay and the lateness, and two more, which may be closed.
 
@@ -40,25 +40,27 @@ class Sessions:
         self.gap_us = aggregates[0][1].window_us
         self._lateness_us, self._final = lateness_us, final
         self._size = sessions_open(self.gap_us, history_us)
-        self._cells = Cells(aggregates, self._size)
-        self._bounds = np.zeros((0, self._size, 3), dtype=np.int64)
+        self._aggregates = aggregates
+        self._cells = Cells(aggregates, 0)
+        self._bounds = _bounds(0, self._size)
         self._outputs = outputs(self._cells.layout, aggregates, [1] * len(aggregates))
         self.readings = self._outputs.readings
 
-    def reserve(self, keys: int) -> None:
-        """Makes room for `keys` entities; arrays grow by doubling."""
+    @property
+    def held(self) -> int:
+        """How many sessions there are."""
+        return self._cells.held
+
+    def nbytes(self, keys: int, events: int = 0) -> int:
+        """Memory that is taken once there is room for so many entities and so many more events."""
+        return 32 * self._size * keys + self._cells.nbytes(events)
+
+    def reserve(self, keys: int, events: int) -> None:
+        """Makes room for so many entities, and for what so many more events can need."""
         if keys > len(self._bounds):
-            keys = max(keys, 2 * len(self._bounds))
-            self._bounds = grown(self._bounds, keys, -NEVER_US)
-            self._cells.reserve(keys)
-
-    def bytes_per_key(self) -> int:
-        """Memory that one entity takes, sketches not counted."""
-        return 24 * self._size + self._cells.bytes_per_key
-
-    def pool_bytes(self) -> int:
-        """Memory of the sketches."""
-        return self._cells.pool_bytes
+            before, self._bounds = self._bounds, _bounds(keys, self._size)
+            self._bounds[: len(before)] = before
+        self._cells.reserve(events)
 
     def closed(self, times: Ints, marks: Ints) -> Bools:
         """Which events [N] come after the session that each would be alone is closed."""
@@ -70,22 +72,8 @@ class Sessions:
 
         For final sessions `due_us` [K] becomes the end of the first session that was not read.
         """
-        cells, layout = self._cells, self._cells.layout
-        cells.reserve_sketches(len(ids))
-        _add(
-            ids,
-            times,
-            self.closed(times, marks),
-            values,
-            present,
-            self.gap_us,
-            layout.operations,
-            cells.has_sketches,
-            cells.pools,
-            self._bounds,
-            cells.array,
-            due_us if self._final else due_us[:0],
-        )
+        closed, final_due_us = self.closed(times, marks), due_us if self._final else due_us[:0]
+        _add(ids, times, closed, values, present, self.gap_us, self._bounds, final_due_us, *self._cells.for_kernels)
 
     def merge(self, ids: Ints, moments_us: Ints, due_us: Ints) -> Floats:
         """The outputs [M, O] of the sessions that hold, or end, at a moment [M] each; lowers `due_us` of the entities.
@@ -94,20 +82,8 @@ class Sessions:
         """
         out = np.zeros((len(ids), self._outputs.width))
         cells, wanted = self._cells, self._outputs
-        _merge(
-            ids,
-            moments_us,
-            wanted.windows,
-            self.gap_us,
-            self._final,
-            cells.layout.operations,
-            wanted.estimates,
-            cells.pools,
-            self._bounds,
-            cells.array,
-            due_us,
-            out,
-        )
+        wanted_of = (wanted.windows, wanted.estimates, self.gap_us, self._final, self._bounds)
+        _merge(ids, moments_us, *wanted_of, due_us, out, cells.layout.operations, cells.pools, cells.rows)
         return out
 
     def empty(self, keys: int, mark_us: int) -> Bools:
@@ -117,19 +93,31 @@ class Sessions:
         return empty
 
     def keep(self, ids: Ints) -> None:
-        """Forgets all entities but those of `ids`, which become 0, 1, ... in this order."""
-        self._bounds = self._bounds[ids]
-        self._cells.keep(ids)
+        """Forgets all entities but those of `ids`, which become 0, 1, ... in this order, and their memory."""
+        arrays = self.state(ids)
+        self._cells, self._bounds = Cells(self._aggregates, 0), _bounds(len(ids), self._size)
+        self.restore(np.arange(len(ids)), arrays)
 
     def state(self, ids: Ints) -> list[npt.NDArray[Any]]:
         """What some entities hold, with their sketches, for `restore`."""
         bounds = self._bounds[ids]
-        return [bounds, *self._cells.state(ids, bounds[:, :, _FIRST].T != -NEVER_US)]
+        rows = bounds[:, :, _ROW]
+        return [bounds[:, :, :_ROW], *self._cells.state(rows[rows > 0])]
 
     def restore(self, ids: Ints, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Takes the arrays of `state` for these entities, for which there is room; they are copied."""
-        self._bounds[ids] = arrays[0]
-        self._cells.restore(ids, arrays[0][:, :, _FIRST].T != -NEVER_US, arrays[1:])
+        _drop_all(ids.copy(), self._bounds, *self._cells.for_kernels)
+        bounds = np.zeros((len(ids), self._size, 4), dtype=np.int64)
+        bounds[:, :, :_ROW] = arrays[0]
+        bounds[bounds[:, :, _FIRST] != -NEVER_US, _ROW] = self._cells.restore(arrays[1:])
+        self._bounds[ids] = bounds
+
+
+def _bounds(keys: int, size: int) -> Ints:
+    """Entities without sessions [K, R, 4]."""
+    bounds = np.zeros((keys, size, 4), dtype=np.int64)
+    bounds[:, :, (_FIRST, _LAST, _TOLD)] = -NEVER_US
+    return bounds
 
 
 def sessions_open(gap_us: int, history_us: int) -> int:
@@ -145,15 +133,17 @@ def _add(
     values: Floats,
     present: Bools,
     gap_us: int,
+    bounds: Ints,
+    due_us: Ints,
     operations: Ints,
     has_sketches: bool,
     pools: Pools,
-    bounds: Ints,
-    cells: Floats,
-    due_us: Ints,
+    rows: Floats,
+    free: Ints,
+    n_free: Ints,
 ) -> None:
-    sessions, keys, size = cells.shape
-    flat = cells.reshape(-1)
+    sessions, width = bounds.shape[1], rows.shape[1]
+    flat = rows.reshape(-1)
     for row in range(len(ids)):
         key, time = ids[row], times[row]
         if key < 0 or closed[row]:
@@ -163,16 +153,21 @@ def _add(
             at += 1
         if at == sessions:
             continue  # more sessions than can be open: this one is older than them all and closed
-        base = (at * keys + key) * size
-        if bounds[key, at, _FIRST] == -NEVER_US or time >= bounds[key, at, _LAST] + gap_us:
-            _insert(key, at, operations, has_sketches, pools, bounds, cells)
+        if bounds[key, at, _ROW] == 0 or time >= bounds[key, at, _LAST] + gap_us:
+            oldest = bounds[key, sessions - 1, _ROW]
+            if oldest > 0:
+                give_row(oldest, 0, operations, has_sketches, pools, rows, free, n_free)
+            for place in range(sessions - 1, at, -1):
+                bounds[key, place] = bounds[key, place - 1]
             bounds[key, at, _FIRST] = bounds[key, at, _LAST] = time
+            bounds[key, at, _ROW] = take_row(rows, free, n_free, 0)
         else:
             bounds[key, at, _FIRST] = min(bounds[key, at, _FIRST], time)
             bounds[key, at, _LAST] = max(bounds[key, at, _LAST], time)
             if at + 1 < sessions and bounds[key, at, _FIRST] < bounds[key, at + 1, _LAST] + gap_us:
-                _join(key, at, operations, has_sketches, pools, bounds, cells)
+                _join(key, at, bounds, operations, has_sketches, pools, rows, free, n_free)
         bounds[key, at, _TOLD] = 0
+        base = bounds[key, at, _ROW] * width
         partials.update(flat, base, operations, time, values, present, row)
         if has_sketches:
             partials.update_sketches(flat, base, operations, pools, values, present, row)
@@ -181,53 +176,53 @@ def _add(
 
 
 @kernel
-def _insert(
-    key: int,
-    at: int,
-    operations: Ints,
-    has_sketches: bool,
-    pools: Pools,
-    bounds: Ints,
-    cells: Floats,
-) -> None:
-    """Makes an empty session at a place; the oldest one is forgotten."""
-    sessions, keys, size = cells.shape
-    last = ((sessions - 1) * keys + key) * size
-    partials.clear(cells.reshape(-1), last, size, operations, pools, has_sketches)
-    for place in range(sessions - 1, at, -1):
-        bounds[key, place] = bounds[key, place - 1]
-        cells[place, key] = cells[place - 1, key]
-    cells[at, key] = 0.0
-
-
-@kernel
 def _join(
     key: int,
     at: int,
+    bounds: Ints,
     operations: Ints,
     has_sketches: bool,
     pools: Pools,
-    bounds: Ints,
-    cells: Floats,
+    rows: Floats,
+    free: Ints,
+    n_free: Ints,
 ) -> None:
     """Merges a session with the one before it, whose place is taken by older ones."""
-    sessions, keys, size = cells.shape
-    flat = cells.reshape(-1)
-    newer, older = (at * keys + key) * size, ((at + 1) * keys + key) * size
+    sessions, width = bounds.shape[1], rows.shape[1]
+    flat = rows.reshape(-1)
+    newer, older = bounds[key, at, _ROW], bounds[key, at + 1, _ROW]
     first = 0
     for end in range(1, len(operations) + 1):
         if end == len(operations) or operations[end, COUNT_CELL] != operations[first, COUNT_CELL]:
-            partials.combine(flat, older, flat, newer, operations, first, end, 0)
+            partials.combine(flat, older * width, flat, newer * width, operations, first, end, 0)
             first = end
     if has_sketches:
-        partials.combine_sketches(flat, older, newer, operations, pools)
-    cells[at, key] = cells[at + 1, key]
+        partials.combine_sketches(flat, older * width, newer * width, operations, pools)
+    give_row(newer, 0, operations, has_sketches, pools, rows, free, n_free)
+    bounds[key, at, _ROW] = older
     bounds[key, at, _FIRST] = min(bounds[key, at, _FIRST], bounds[key, at + 1, _FIRST])
     for place in range(at + 1, sessions - 1):
         bounds[key, place] = bounds[key, place + 1]
-        cells[place, key] = cells[place + 1, key]
-    bounds[key, sessions - 1] = -NEVER_US
-    cells[sessions - 1, key] = 0.0
+    bounds[key, sessions - 1, :_ROW] = -NEVER_US
+    bounds[key, sessions - 1, _ROW] = 0
+
+
+@kernel
+def _drop_all(
+    ids: Ints,
+    bounds: Ints,
+    operations: Ints,
+    has_sketches: bool,
+    pools: Pools,
+    rows: Floats,
+    free: Ints,
+    n_free: Ints,
+) -> None:
+    """Gives back all sessions of some entities."""
+    for key in ids:
+        for at in range(bounds.shape[1]):
+            if bounds[key, at, _ROW] > 0:
+                give_row(bounds[key, at, _ROW], 0, operations, has_sketches, pools, rows, free, n_free)
 
 
 @kernel
@@ -244,18 +239,18 @@ def _merge(
     ids: Ints,
     moments: Ints,
     windows: Ints,
+    estimates: Estimates,
     gap_us: int,
     final: bool,
-    operations: Ints,
-    estimates: Estimates,
-    pools: Pools,
     bounds: Ints,
-    cells: Floats,
     due_us: Ints,
     out: Floats,
+    operations: Ints,
+    pools: Pools,
+    rows: Floats,
 ) -> None:
-    flat, flat_out = cells.reshape(-1), out.reshape(-1)
-    sessions, keys, size = cells.shape
+    flat, flat_out = rows.reshape(-1), out.reshape(-1)
+    sessions, width = bounds.shape[1], rows.shape[1]
     ends = np.append(estimates.outs[1:], out.shape[1])
     block = np.zeros(1, dtype=np.int64)
     for row in range(len(ids)):
@@ -267,7 +262,7 @@ def _merge(
             found = at < sessions and bounds[key, at, _LAST] + gap_us == moments[row]
         else:
             found = bounds[key, 0, _FIRST] != -NEVER_US and moments[row] < bounds[key, 0, _LAST] + gap_us
-        base = (at * keys + key) * size
+        base = bounds[key, at, _ROW] * width if found else 0
         if found:
             for window in range(len(windows)):
                 first, end = windows[window, 0], windows[window, 1]

@@ -69,20 +69,41 @@ def empty_pools(k: int) -> Pools:
     )
 
 
+def grown_size(size: int, free: int, wanted: int) -> int:
+    """How large a pool becomes in which so many are to be free: it doubles at least."""
+    missing = wanted - free
+    return size + max(missing, size) if missing > 0 else size
+
+
+def grown_stack(free: Ints, size: int, larger: int) -> Ints:
+    """The stack of a pool that has grown: the old free numbers are taken first, then the new ones as they rise."""
+    return np.concatenate([np.arange(larger - 1, size - 1, -1), free])
+
+
+def nbytes(pools: Pools, blocks: Sequence[int]) -> int:
+    """Memory that the pools take once so many blocks of each kind are free."""
+    arrays: list[Any] = [pools.hll, pools.digest, pools.top]
+    return sum(
+        size * array.itemsize * array.shape[1] for size, array in zip(_sizes(pools, blocks), arrays, strict=True)
+    )
+
+
+def _sizes(pools: Pools, blocks: Sequence[int]) -> list[int]:
+    return [grown_size(len(pools[kind]), int(pools.n_free[kind]), blocks[kind]) for kind in (HLL, DIGEST, TOP)]
+
+
 def reserve(pools: Pools, blocks: Sequence[int]) -> Pools:
     """Pools with at least so many free blocks of each kind; the same ones where that is so already."""
     if all(pools.n_free[kind] >= blocks[kind] for kind in (HLL, DIGEST, TOP)):
         return pools
     arrays: list[Any] = [pools.hll, pools.digest, pools.top]
     stacks = [pools.free[kind, : pools.n_free[kind]] for kind in (HLL, DIGEST, TOP)]
-    for kind, array in enumerate(arrays):
-        missing = blocks[kind] - len(stacks[kind])
-        if missing > 0:
-            size = len(array)
-            grown = np.zeros((size + max(missing, size), array.shape[1]), dtype=array.dtype)
-            grown[:size] = array
-            arrays[kind] = grown
-            stacks[kind] = np.concatenate([np.arange(len(grown) - 1, size - 1, -1), stacks[kind]])
+    for kind, larger in enumerate(_sizes(pools, blocks)):
+        array, size = arrays[kind], len(arrays[kind])
+        if larger > size:
+            arrays[kind] = np.zeros((larger, array.shape[1]), dtype=array.dtype)
+            arrays[kind][:size] = array
+            stacks[kind] = grown_stack(stacks[kind], size, larger)
     free = np.zeros((3, max(len(array) for array in arrays)), dtype=np.int64)
     for kind, stack in enumerate(stacks):
         free[kind, : len(stack)] = stack

@@ -1,8 +1,8 @@
 """Time windows in panes: one partial aggregate per entity, column and slide, windows as merges of panes.
 
-All windows of one slide share a ring of panes as wide as the slide. A pane is filled in offset order and panes are
-merged from the oldest on, each window for itself and never by subtraction, so that results do not depend on how the
-records were batched. A lifetime is a window of one pane that never ends.
+All windows of one slide share panes as wide as the slide. A pane is filled in offset order and panes are merged from
+the oldest on, each window for itself and never by subtraction, so that results do not depend on how the records were
+batched. A lifetime is a window of one pane that never ends.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from streaming import partials
-from streaming.cells import Cells, grown
+from streaming.cells import Cells, give_row, prefetch_row, take_row
 from streaming.compile_kernels import kernel
-from streaming.memory import address, prefetch
+from streaming.memory import address, lines, prefetch
 from streaming.partials import CELL, COUNT_CELL, SKETCH, Estimates
 from streaming.plan import Aggregate
 from streaming.records import Bools, Floats, Ints
@@ -23,7 +23,13 @@ from streaming.sketches import Pools
 NEVER_US = 1 << 62
 
 _NO_PANE = -(1 << 62)
-_AHEAD = 16
+_AHEAD = 8
+_TOGETHER = 16
+
+# An entity: its newest pane, the row of that one, how many panes it has.
+_NEWEST, _ROW, _COUNT, _WIDTH = 0, 1, 2, 4
+# What stands before the cells of a pane: its number and the row of the next older one, or 0.
+_PANE, _OLDER, _HEADS = 0, 1, 2
 
 
 class Reading(NamedTuple):
@@ -77,11 +83,11 @@ def _cells(layout: partials.Layout, first: int, end: int) -> int:
     return int(starts[end] - starts[first])
 
 
-class PaneRing:
-    """The panes of one slide: of each entity a ring of P panes, with the number of each [K, P] and its cells [P, K, S].
+class Panes:
+    """The panes of one slide: those of an entity are rows of a pool, each with the row of the next older one.
 
-    Pane p covers [p * slide, (p + 1) * slide) of event time and lies at p modulo P, in the place of the one before it
-    there; a pane that lies more than P - 1 below an entity's highest is read no more.
+    Pane p covers [p * slide, (p + 1) * slide) of event time. Windows read the last P of an entity, counted from its
+    newest one; older ones are not kept for long, and not in a state.
 
     Args:
         aggregates: Those of one slide, each with its column of the plan; lifetime ones have slide 0.
@@ -98,25 +104,27 @@ class PaneRing:
         self._shift = int(final)
         lengths = [aggregate.window_us // self.slide_us if self.slide_us else 1 for _, aggregate in aggregates]
         self._size = max(lengths) + (-(-history_us // self.slide_us) + self._shift if self.slide_us else 0)
-        self._cells = Cells(aggregates, self._size)
-        self._panes = np.zeros((0, self._size), dtype=np.int64)
+        self._aggregates = aggregates
+        self._cells = Cells(aggregates, _HEADS)
+        self._entities = _entities(0)
         self._outputs = outputs(self._cells.layout, aggregates, lengths)
         self.readings = self._outputs.readings
 
-    def reserve(self, keys: int) -> None:
-        """Makes room for `keys` entities; arrays grow by doubling."""
-        if keys > len(self._panes):
-            keys = max(keys, 2 * len(self._panes))
-            self._panes = grown(self._panes, keys, _NO_PANE)
-            self._cells.reserve(keys)
+    @property
+    def held(self) -> int:
+        """How many panes there are."""
+        return self._cells.held
 
-    def bytes_per_key(self) -> int:
-        """Memory that one entity takes, sketches not counted."""
-        return 8 * self._size + self._cells.bytes_per_key
+    def nbytes(self, keys: int, events: int = 0) -> int:
+        """Memory that is taken once there is room for so many entities and so many more events."""
+        return 8 * _WIDTH * keys + self._cells.nbytes(events)
 
-    def pool_bytes(self) -> int:
-        """Memory of the sketches."""
-        return self._cells.pool_bytes
+    def reserve(self, keys: int, events: int) -> None:
+        """Makes room for so many entities, and for what so many more events can need."""
+        if keys > len(self._entities):
+            before, self._entities = self._entities, _entities(keys)
+            self._entities[: len(before)] = before
+        self._cells.reserve(events)
 
     def closed(self, times: Ints, marks: Ints) -> Bools:
         """Which events [N] come after the pane that they belong to is closed."""
@@ -130,21 +138,18 @@ class PaneRing:
 
         For final windows `due_us` [K] becomes at most the end of each event's pane.
         """
-        cells, layout = self._cells, self._cells.layout
-        cells.reserve_sketches(len(ids))
+        closed_us, final_due_us = marks - self._lateness_us, due_us[: self._shift * len(due_us)]
         _add(
             ids,
             times,
-            marks - self._lateness_us,
+            closed_us,
             values,
             present,
             self.slide_us,
-            layout.operations,
-            cells.has_sketches,
-            cells.pools,
-            self._panes,
-            cells.array,
-            due_us[: self._shift * len(due_us)],
+            self._size,
+            self._entities,
+            final_due_us,
+            *self._cells.for_kernels,
         )
 
     def merge(self, ids: Ints, moments_us: Ints, due_us: Ints) -> Floats:
@@ -154,39 +159,55 @@ class PaneRing:
         """
         out = np.zeros((len(ids), self._outputs.width))
         currents = moments_us // self.slide_us - self._shift if self.slide_us else np.zeros_like(moments_us)
-        cells, wanted = self._cells, self._outputs
-        arguments = (ids, currents, wanted.windows, cells.layout.operations, self._panes, cells.array)
-        _merge(*arguments, self.slide_us, self._shift, due_us, out)
-        if len(wanted.estimates.outs):
-            _estimate(*arguments, wanted.estimates, cells.pools, out)
+        windows, estimates, cells = self._outputs.windows, self._outputs.estimates, self._cells
+        size, entities = self._size, self._entities
+        _merge(ids, currents, windows, size, entities, self.slide_us, self._shift, due_us, out, *cells.for_kernels)
+        if len(estimates.outs):
+            read = (cells.layout.operations, cells.pools, cells.rows)
+            _estimate(ids, currents, windows, size, entities, estimates, out, *read)
         return out
 
     def empty(self, keys: int, mark_us: int) -> Bools:
         """Which of the first `keys` entities hold nothing that a window from this watermark on could read."""
         oldest = mark_us // self.slide_us - self._size if self.slide_us else 0
-        return _empty(self._panes[:keys], oldest)
+        empty: Bools = self._entities[:keys, _NEWEST] < oldest
+        return empty
 
     def keep(self, ids: Ints) -> None:
-        """Forgets all entities but those of `ids`, which become 0, 1, ... in this order."""
-        self._panes = self._panes[ids]
-        self._cells.keep(ids)
+        """Forgets all entities but those of `ids`, which become 0, 1, ... in this order, and their memory."""
+        arrays = self.state(ids)
+        self._cells, self._entities = Cells(self._aggregates, _HEADS), _entities(len(ids))
+        self.restore(np.arange(len(ids)), arrays)
 
     def state(self, ids: Ints) -> list[npt.NDArray[Any]]:
-        """What some entities hold, with their sketches, for `restore`."""
-        held = _held(self._panes, ids)
-        panes = [self._panes[ids[rows], slot] for slot, rows in enumerate(held)]
-        return [np.packbits(held), np.concatenate(panes), *self._cells.state(ids, held)]
+        """How many panes some entities hold, which, newest first, and what is in them, for `restore`."""
+        cells = self._cells
+        counts, rows = _held(ids, self._entities, self._size, cells.rows)
+        return [counts.astype(np.int32), cells.rows[rows, _PANE].astype(np.int64), *cells.state(rows)]
 
     def restore(self, ids: Ints, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Takes the arrays of `state` for these entities, for which there is room; they are copied."""
-        held = np.unpackbits(arrays[0], count=len(ids) * self._size).view(np.bool_).reshape(self._size, -1)
-        self._panes[ids] = _NO_PANE
-        start = 0
-        for slot, rows in enumerate(held):
-            end = start + int(rows.sum())
-            self._panes[ids[rows], slot] = arrays[1][start:end]
-            start = end
-        self._cells.restore(ids, held, arrays[2:])
+        counts, panes = arrays[:2]
+        cells = self._cells
+        _drop_all(ids.copy(), self._entities, *cells.for_kernels)
+        rows = cells.restore(arrays[2:])
+        cells.rows[rows, _PANE] = panes
+        cells.rows[rows[:-1], _OLDER] = rows[1:]
+        ends = np.cumsum(counts)
+        holding = counts > 0
+        cells.rows[rows[ends[holding] - 1], _OLDER] = 0
+        newest = (ends - counts)[holding]
+        entities = ids[holding]
+        self._entities[entities, _NEWEST] = panes[newest]
+        self._entities[entities, _ROW] = rows[newest]
+        self._entities[entities, _COUNT] = counts[holding]
+
+
+def _entities(keys: int) -> Ints:
+    """Entities without panes [K, 4]."""
+    entities = lines(keys, _WIDTH)
+    entities[:, _NEWEST] = _NO_PANE
+    return entities
 
 
 @kernel
@@ -197,43 +218,52 @@ def _add(
     values: Floats,
     present: Bools,
     slide_us: int,
+    most: int,
+    entities: Ints,
+    due_us: Ints,
     operations: Ints,
     has_sketches: bool,
     pools: Pools,
-    panes: Ints,
-    cells: Floats,
-    due_us: Ints,
+    rows: Floats,
+    free: Ints,
+    n_free: Ints,
 ) -> None:
-    slots, keys, size = cells.shape
-    flat = cells.reshape(-1)
-    start, end, pane, slot = 0, 0, 0, 0
+    width = rows.shape[1]
+    flat = rows.reshape(-1)
+    start, end, pane = 0, 0, _NO_PANE
     if slide_us == 0:
-        start, end = -NEVER_US, NEVER_US
-    panes_base, cells_base = address(panes), address(cells)
+        start, end, pane = -NEVER_US, NEVER_US, 0
+    entities_base = address(entities)
     for row in range(len(ids)):
+        # Two steps that each wait for memory are begun for later rows: the entity, then the pane that it names.
+        if row + 2 * _AHEAD < len(ids):
+            prefetch(entities_base + 8 * _WIDTH * ids[row + 2 * _AHEAD])
         if row + _AHEAD < len(ids):
-            # Most events lie in the same pane as the one before them.
             ahead = ids[row + _AHEAD]
-            prefetch(panes_base + 8 * (ahead * slots + slot))
-            prefetch(cells_base + 8 * (slot * keys + ahead) * size)
-            prefetch(cells_base + 8 * (slot * keys + ahead) * size + 64)
+            if ahead >= 0 and entities[ahead, _NEWEST] == pane:  # most events lie in the pane of those before them
+                prefetch_row(rows, entities[ahead, _ROW])
         key, time = ids[row], times[row]
         if key < 0:
             continue
         if not start <= time < end:
             pane = time // slide_us
-            slot = pane % slots
             start = pane * slide_us
             end = start + slide_us
-        if end <= closed_us[row] or panes[key, slot] > pane:
+        newest = entities[key, _NEWEST]
+        if end <= closed_us[row] or pane <= newest - most:
             continue
-        base = (slot * keys + key) * size
-        if panes[key, slot] < pane:
-            if has_sketches and not _make_way(key, pane, operations, pools, panes, cells):
-                continue
-            panes[key, slot] = pane
-            for cell in range(base, base + size):
-                flat[cell] = 0.0
+        if pane == newest:
+            at = entities[key, _ROW]
+        elif pane > newest:
+            if entities[key, _COUNT] >= 2 * most:
+                _drop(key, pane - most, entities, operations, has_sketches, pools, rows, free, n_free)
+            at = take_row(rows, free, n_free, _HEADS)
+            flat[at * width + _PANE], flat[at * width + _OLDER] = pane, entities[key, _ROW]
+            entities[key, _NEWEST], entities[key, _ROW] = pane, at
+            entities[key, _COUNT] += 1
+        else:
+            at = _among_older(key, pane, entities, rows, free, n_free)
+        base = at * width + _HEADS
         partials.update(flat, base, operations, time, values, present, row)
         if has_sketches:
             partials.update_sketches(flat, base, operations, pools, values, present, row)
@@ -242,16 +272,75 @@ def _add(
 
 
 @kernel
-def _make_way(key: int, pane: int, operations: Ints, pools: Pools, panes: Ints, cells: Floats) -> bool:
-    """Gives back the sketches of the panes that a new one is the end of; False if it is too old itself."""
-    slots, keys, size = cells.shape
-    for slot in range(slots):
-        if panes[key, slot] - slots >= pane:
-            return False
-        if _NO_PANE < panes[key, slot] <= pane - slots:
-            panes[key, slot] = _NO_PANE
-            partials.clear(cells.reshape(-1), (slot * keys + key) * size, size, operations, pools, True)
-    return True
+def _among_older(key: int, pane: int, entities: Ints, rows: Floats, free: Ints, n_free: Ints) -> int:
+    """The row of a pane older than the newest one; a new row where it has none."""
+    newer, at = 0, entities[key, _ROW]
+    while at > 0 and rows[at, _PANE] > pane:
+        newer, at = at, int(rows[at, _OLDER])
+    if at == 0 or rows[at, _PANE] < pane:
+        older, at = at, take_row(rows, free, n_free, _HEADS)
+        rows[at, _PANE], rows[at, _OLDER] = pane, older
+        rows[newer, _OLDER] = at
+        entities[key, _COUNT] += 1
+    return int(at)
+
+
+@kernel
+def _drop(
+    key: int,
+    last: int,
+    entities: Ints,
+    operations: Ints,
+    has_sketches: bool,
+    pools: Pools,
+    rows: Floats,
+    free: Ints,
+    n_free: Ints,
+) -> None:
+    """Gives back the panes of an entity up to one."""
+    newer, at = 0, entities[key, _ROW]
+    while at > 0 and rows[at, _PANE] > last:
+        newer, at = at, int(rows[at, _OLDER])
+    if newer > 0:
+        rows[newer, _OLDER] = 0
+    else:
+        entities[key, _NEWEST], entities[key, _ROW] = _NO_PANE, 0
+    entities[key, _COUNT] -= _give(at, operations, has_sketches, pools, rows, free, n_free)
+
+
+@kernel
+def _give(
+    at: int,
+    operations: Ints,
+    has_sketches: bool,
+    pools: Pools,
+    rows: Floats,
+    free: Ints,
+    n_free: Ints,
+) -> int:
+    """Gives back a pane and those older; how many they were."""
+    count = 0
+    while at > 0:
+        older = int(rows[at, _OLDER])
+        give_row(at, _HEADS, operations, has_sketches, pools, rows, free, n_free)
+        at = older
+        count += 1
+    return int(count)
+
+
+@kernel
+def _drop_all(
+    ids: Ints,
+    entities: Ints,
+    operations: Ints,
+    has_sketches: bool,
+    pools: Pools,
+    rows: Floats,
+    free: Ints,
+    n_free: Ints,
+) -> None:
+    for key in ids:
+        _drop(key, NEVER_US, entities, operations, has_sketches, pools, rows, free, n_free)
 
 
 @kernel
@@ -259,53 +348,74 @@ def _merge(
     ids: Ints,
     currents: Ints,
     windows: Ints,
-    operations: Ints,
-    panes: Ints,
-    cells: Floats,
+    most: int,
+    entities: Ints,
     slide_us: int,
     shift: int,
     due_us: Ints,
     out: Floats,
+    operations: Ints,
+    has_sketches: bool,
+    pools: Pools,
+    rows: Floats,
+    free: Ints,
+    n_free: Ints,
 ) -> None:
-    slots, keys, size = cells.shape
-    flat, flat_out = cells.reshape(-1), out.reshape(-1)
+    flat, flat_out, width = rows.reshape(-1), out.reshape(-1), rows.shape[1]
     longest = windows[:, 2].max()
-    held, bases = np.empty(slots, dtype=np.int64), np.empty(slots, dtype=np.int64)
-    panes_base = address(panes)
-    for row in range(len(ids)):
-        if row + _AHEAD < len(ids):
-            for line in range(0, slots, 8):
-                prefetch(panes_base + 8 * (ids[row + _AHEAD] * slots + line))
-        key, current = ids[row], currents[row]
-        found = 0
-        pane = current - longest + 1
-        slot = pane % slots
-        for _ in range(slots):
-            if panes[key, slot] >= pane:
-                held[found], bases[found] = panes[key, slot], (slot * keys + key) * size
-                prefetch(address(cells) + 8 * bases[found])
-                found += 1
-            pane += 1
-            slot = slot + 1 if slot + 1 < slots else 0
-        change = NEVER_US
-        for window in range(len(windows)):
-            first_operation, end_operation, length = windows[window, 0], windows[window, 1], windows[window, 2]
-            count_at = operations[first_operation, COUNT_CELL]
-            to = row * out.shape[1] + windows[window, 3]
-            any_found = False
-            for number in range(found):
-                base = bases[number]
-                if held[number] <= current - length or flat[base + count_at] == 0.0:
+    entities_base = address(entities)
+    panes = np.empty((_TOGETHER, most), dtype=np.int64)
+    bases = np.empty((_TOGETHER, most), dtype=np.int64)
+    found, newer, next_row = np.zeros((3, _TOGETHER), dtype=np.int64)
+    for first in range(0, len(ids), _TOGETHER):
+        together = min(_TOGETHER, len(ids) - first)
+        for soon in range(first + _TOGETHER, min(first + 2 * _TOGETHER, len(ids))):
+            prefetch(entities_base + 8 * _WIDTH * ids[soon])
+        for one in range(together):
+            key = ids[first + one]
+            found[one], next_row[one] = 0, entities[key, _ROW]
+            prefetch_row(rows, next_row[one])
+        walking = True
+        while walking:  # a step for each entity in turn, so that many wait for memory at a time
+            walking = False
+            for one in range(together):
+                at = next_row[one]
+                if at == 0:
                     continue
-                if held[number] > current:
-                    change = min(change, held[number])
+                key, pane = ids[first + one], int(flat[at * width + _PANE])
+                if pane <= entities[key, _NEWEST] - most:
+                    rows[newer[one], _OLDER] = 0
+                    entities[key, _COUNT] -= _give(at, operations, has_sketches, pools, rows, free, n_free)
+                    next_row[one] = 0
                     continue
-                partials.combine(flat_out, to, flat, base, operations, first_operation, end_operation, count_at)
-                if not any_found:
-                    any_found = True
-                    change = min(change, held[number] + length)
-        if change < NEVER_US and slide_us > 0:
-            due_us[key] = min(due_us[key], (change + shift) * slide_us)
+                if pane > currents[first + one] - longest:
+                    panes[one, found[one]], bases[one, found[one]] = pane, at * width + _HEADS
+                    found[one] += 1
+                newer[one], at = at, int(flat[at * width + _OLDER])
+                next_row[one] = at
+                walking |= at > 0
+                prefetch_row(rows, at)
+        for one in range(together):
+            key, current = ids[first + one], currents[first + one]
+            change = NEVER_US
+            for window in range(len(windows)):
+                first_operation, end_operation, length = windows[window, 0], windows[window, 1], windows[window, 2]
+                count_at = operations[first_operation, COUNT_CELL]
+                to = (first + one) * out.shape[1] + windows[window, 3]
+                any_found = False
+                for number in range(found[one] - 1, -1, -1):
+                    base, pane = bases[one, number], panes[one, number]
+                    if pane <= current - length or flat[base + count_at] == 0.0:
+                        continue
+                    if pane > current:
+                        change = min(change, pane)
+                        continue
+                    partials.combine(flat_out, to, flat, base, operations, first_operation, end_operation, count_at)
+                    if not any_found:
+                        any_found = True
+                        change = min(change, pane + length)
+            if change < NEVER_US and slide_us > 0:
+                due_us[key] = min(due_us[key], (change + shift) * slide_us)
 
 
 @kernel
@@ -313,53 +423,44 @@ def _estimate(
     ids: Ints,
     currents: Ints,
     windows: Ints,
-    operations: Ints,
-    panes: Ints,
-    cells: Floats,
+    most: int,
+    entities: Ints,
     estimates: Estimates,
-    pools: Pools,
     out: Floats,
+    operations: Ints,
+    pools: Pools,
+    rows: Floats,
 ) -> None:
-    slots = panes.shape[1]
-    blocks = np.empty(slots, dtype=np.int64)
+    blocks = np.empty(most, dtype=np.int64)
     ends = np.append(estimates.outs[1:], out.shape[1])
     for row in range(len(ids)):
-        key, current = ids[row], currents[row]
         for number in range(len(estimates.outs)):
-            window, operation = estimates.windows[number], estimates.operations[number]
-            found = 0
-            for pane in range(current - windows[window, 2] + 1, current + 1):
-                slot = pane % slots
-                if panes[key, slot] != pane:
-                    continue
-                block = int(cells[slot, key, operations[operation, CELL]])
-                if block > 0:
-                    blocks[found] = block
-                    found += 1
+            operation, length = estimates.operations[number], windows[estimates.windows[number], 2]
+            first = most
+            at = entities[ids[row], _ROW]
+            while at > 0 and rows[at, _PANE] > currents[row] - length:
+                block = int(rows[at, _HEADS + operations[operation, CELL]])
+                if rows[at, _PANE] <= currents[row] and block > 0:
+                    first -= 1
+                    blocks[first] = block
+                at = int(rows[at, _OLDER])
             kind = operations[operation, SKETCH]
             to = out[row, estimates.outs[number] : ends[number]]
-            partials.estimate(pools, kind, blocks[:found], estimates.quantiles[number], to)
+            partials.estimate(pools, kind, blocks[first:], estimates.quantiles[number], to)
 
 
 @kernel
-def _held(panes: Ints, ids: Ints) -> Bools:
-    """Which panes [P, M] of some entities are not too old to be read."""
-    slots = panes.shape[1]
-    held = np.empty((slots, len(ids)), dtype=np.bool_)
-    for row in range(len(ids)):
-        newest = panes[ids[row]].max()
-        for slot in range(slots):
-            held[slot, row] = panes[ids[row], slot] > max(newest - slots, _NO_PANE)
-    return held
-
-
-@kernel
-def _empty(panes: Ints, oldest: int) -> Bools:
-    """Which entities [K] have no pane from `oldest` on."""
-    empty = np.ones(len(panes), dtype=np.bool_)
-    for key in range(len(panes)):
-        for slot in range(panes.shape[1]):
-            if panes[key, slot] >= oldest:
-                empty[key] = False
-                break
-    return empty
+def _held(ids: Ints, entities: Ints, most: int, rows: Floats) -> tuple[Ints, Ints]:
+    """How many panes of some entities [M] are not too old to be read, and their rows, newest first."""
+    counts = np.zeros(len(ids), dtype=np.int64)
+    held = np.empty(entities[:, _COUNT][ids].sum(), dtype=np.int64)
+    count = 0
+    for number in range(len(ids)):
+        key = ids[number]
+        at = entities[key, _ROW]
+        while at > 0 and rows[at, _PANE] > entities[key, _NEWEST] - most:
+            held[count] = at
+            counts[number] += 1
+            count += 1
+            at = int(rows[at, _OLDER])
+    return counts, held[:count]

@@ -385,17 +385,21 @@ def test_a_snapshot_holds_only_the_panes_that_do():
     assert Partition.restore(what, 0, whole, partition.delta()).snapshot() == partition.snapshot()
 
 
-def test_a_pane_that_is_passed_gives_its_sketches_back():
+@pytest.mark.parametrize("emitting", [True, False])
+def test_a_pane_that_is_passed_gives_its_memory_back(emitting):
     aggregates = tuple(
         Aggregate(name, "x", name, window_us=30_000, slide_us=10_000) for name in ("count_distinct", "p50", "top_2")
     )
     partition = Partition(Plan("v", "t", "", "user", "string", "time", COLUMNS[:1], aggregates, 0), 0)
-    taken = set()
+    taken = []
     for step in range(60):
         events = [Happened(user, START_MS + 10 * step * gap, 1.0, None) for user, gap in (("a", 1), ("b", 2), ("c", 5))]
         partition.process(batch(events, 3 * step), now_us=10**15)
-        taken.add(partition.state_bytes)
-    assert len(taken) <= 2
+        if emitting:
+            partition.emit()
+            assert partition.panes <= 3 + 2 + 1
+        taken.append(partition.state_bytes)
+    assert taken[10] == taken[-1]
 
 
 def test_more_state_than_the_limit_is_refused_in_a_sentence():

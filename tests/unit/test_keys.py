@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from streaming.keys import KeyIndex
 
-TEXTS = st.lists(st.binary(max_size=20) | st.sampled_from([b"", b"a", b"user 1", b"user 10", b"user 1\0"]), max_size=60)
+ALIKE = [b"", b"a", b"user 1", b"user 10", b"user 1\0", *(b"x" * length for length in (7, 8, 9, 16, 23, 24, 25, 40))]
+ALIKE += [b"x" * 39 + b"y", b"x" * 23 + b"y", b"y" + b"x" * 23]
+TEXTS = st.lists(st.binary(max_size=40) | st.sampled_from(ALIKE), max_size=60)
 
 
 def spans(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
