@@ -76,6 +76,7 @@ def compile_all() -> None:
             partition = Partition(plan, 0)
             partition.process(batch, now_us=0)
             partition.emit()
+            Partition.restore(plan, 0, partition.snapshot(), partition.delta())
     nothing, spans = np.empty(0, dtype=np.int64), np.empty((0, 2), dtype=np.int64)
     for buffer in (batch.buffer, batch.buffer.copy()):  # decompressed bytes are read-only, others are not
         parse_records(buffer, 0, 0, 0, nothing, nothing.copy(), spans, spans.copy())

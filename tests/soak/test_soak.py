@@ -1,6 +1,7 @@
 """Random SIGKILLs of worker, job, Ray and broker under load: the values end as pandas says, nothing lost or doubled.
 
-`MILLRACE_SOAK_SEEDS` says how many seeds are tried (default 1); one takes about a minute.
+Features are those of a topic, or of a join of two. `MILLRACE_SOAK_SEEDS` says how many seeds are tried of each
+(default 1); one takes about a minute.
 """
 
 import json
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from contextlib import suppress
 from datetime import timedelta
 from itertools import pairwise
@@ -29,9 +29,11 @@ from feast.data_format import JsonFormat, ParquetFormat
 from feast.stream_feature_view import StreamFeatureView
 from feast.types import Float64, Int64, String
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.partitioner.default import murmur2
 
 from ops.broker import Broker
 from ops.ports import free_ports
+from streaming.derived import interval_join
 from streaming.rejects import identity
 from streaming.topics import ensure_topics
 
@@ -44,7 +46,19 @@ PART = re.compile(r"-(\d{5})-(\d+)-(\d+)\.parquet")  # not one that covers no re
 WINDOW, SLIDE = pd.Timedelta(minutes=10), pd.Timedelta(minutes=1)
 
 
-def repository(folder: Path, servers: str) -> FeatureStore:
+def topic(name: str, servers: str, schema: str, log: FileSource) -> KafkaSource:
+    return KafkaSource(
+        name=name,
+        topic=name,
+        kafka_bootstrap_servers=servers,
+        message_format=JsonFormat(schema_json=schema),
+        timestamp_field="time",
+        watermark_delay_threshold=timedelta(minutes=5),
+        batch_source=log,
+    )
+
+
+def repository(folder: Path, servers: str, joined: bool) -> FeatureStore:
     (folder / "data").mkdir(parents=True)
     (folder / "feature_store.yaml").write_text(
         "project: soak\nprovider: local\nregistry: data/registry.db\nonline_store:\n"
@@ -58,15 +72,11 @@ def repository(folder: Path, servers: str) -> FeatureStore:
         timestamp_field="event_timestamp",
         created_timestamp_column="created_timestamp",
     )
-    source = KafkaSource(
-        name="actions",
-        topic="actions",
-        kafka_bootstrap_servers=servers,
-        message_format=JsonFormat(schema_json="time timestamp, user string, added bigint"),
-        timestamp_field="time",
-        watermark_delay_threshold=timedelta(minutes=5),
-        batch_source=log,
-    )
+    source = topic("actions", servers, "time timestamp, user string, added bigint", log)
+    if joined:
+        prices = topic("prices", servers, "time timestamp, user string, price bigint", log)
+        at_once = timedelta(0)
+        source = interval_join("paid", source, prices, on="user", earliest=at_once, latest=at_once, batch_source=log)
     functions = {"count": Int64, "sum": Float64, "mean": Float64}
     view = StreamFeatureView(
         name="activity",
@@ -76,7 +86,7 @@ def repository(folder: Path, servers: str) -> FeatureStore:
         aggregations=[
             Aggregation(
                 name=name,
-                column="added",
+                column="prices_price" if joined else "added",
                 function=name,
                 time_window=WINDOW.to_pytimedelta(),
                 slide_interval=SLIDE.to_pytimedelta(),
@@ -101,11 +111,18 @@ def history(seed: int) -> pd.DataFrame:
             "added": random_.integers(0, 1000, EVENTS),
         }
     )
-    frame["partition"] = [zlib.crc32(user.encode()) % PARTITIONS for user in frame["user"]]
+    frame["price"] = random_.integers(0, 1000, EVENTS)
+    frame["partition"] = [(murmur2(user.encode()) & 0x7FFFFFFF) % PARTITIONS for user in frame["user"]]
     for partition in range(PARTITIONS):
         last = frame.index[frame["partition"] == partition][-1]
         frame.loc[last, "time"] = START + pd.Timedelta(minutes=123, seconds=1)
     return frame
+
+
+def pairs(frame: pd.DataFrame) -> pd.DataFrame:
+    """What the join gives, the price in the place of what was added."""
+    prices = frame[["time", "user", "price"]].rename(columns={"price": "added"})
+    return frame.drop(columns=["added", "price"]).merge(prices, on=["time", "user"])
 
 
 def oracle(frame: pd.DataFrame) -> dict:
@@ -124,8 +141,10 @@ def produce(servers: str, frame: pd.DataFrame, done: threading.Event) -> None:
     """Exactly once each, slowly; a broker that is killed is waited for."""
     producer = KafkaProducer(bootstrap_servers=servers, delivery_timeout_ms=90_000, reconnect_backoff_max_ms=500)
     for at, row in enumerate(frame.itertuples()):
-        value = json.dumps({"time": row.time.isoformat(), "user": row.user, "added": row.added}).encode()
-        producer.send("actions", key=row.user.encode(), value=value, partition=row.partition)
+        for name, field in (("actions", "added"), ("prices", "price")):
+            event = {"time": row.time.isoformat(), "user": row.user, field: getattr(row, field)}
+            value = json.dumps(event).encode()
+            producer.send(name, key=row.user.encode(), value=value, partition=row.partition)
         if at in POISONED:
             producer.send("actions", key=row.user.encode(), value=b"{poison", partition=row.partition)
         if at % 60 == 0:
@@ -174,13 +193,16 @@ class Stream:
                 )
         return self._job
 
-    def rows(self) -> list[dict]:
-        """What it says of each partition."""
+    def rows(self) -> dict[str, list[dict]]:
+        """What it says of the partitions of a view or join."""
         try:
             status = json.loads((self._folder / "home" / "stream" / "status.json").read_text())
         except FileNotFoundError:
-            return []
-        return list(status["views"].get("activity", {}).values())
+            return {}
+        return {name: list(partitions.values()) for name, partitions in status["views"].items()}
+
+    def total(self, view: str, figure: str) -> int:
+        return sum(row[figure] for row in self.rows().get(view, []))
 
     def kill(self) -> None:
         if self._job is not None and self._job.poll() is None:
@@ -188,7 +210,7 @@ class Stream:
             self._job.wait()
 
     def kill_worker(self, dice: random.Random) -> None:
-        if pids := sorted({row["pid"] for row in self.rows()}):
+        if pids := sorted({row["pid"] for rows in self.rows().values() for row in rows}):
             with suppress(ProcessLookupError):
                 os.kill(dice.choice(pids), signal.SIGKILL)
 
@@ -224,9 +246,9 @@ def crash_at_random(stream: Stream, broker: Broker, pid: int, dice: random.Rando
             pid = broker.start().pid
 
 
-def catch_up(stream: Stream) -> None:
+def catch_up(stream: Stream, events: int) -> None:
     deadline = time.monotonic() + 180
-    while sum(row["processed"] + row["dead"] + row["late"] for row in stream.rows()) < EVENTS + len(POISONED):
+    while stream.total("activity", "processed") < events:
         assert time.monotonic() < deadline, stream.rows()
         stream.job()
         time.sleep(0.5)
@@ -249,26 +271,32 @@ def check_values(store: FeatureStore, log: Path, expected: dict) -> None:
     assert all(one[0] != two[0] or one[2] <= two[1] for one, two in pairwise(spans))
 
 
+@pytest.mark.parametrize("joined", [False, True], ids=["topic", "join"])
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_values_after_random_kills_equal_the_oracle(seed, tmp_path):
+def test_values_after_random_kills_equal_the_oracle(seed, joined, tmp_path):
     port, controller = free_ports(2)
     broker = Broker(tmp_path / "kafka", log=tmp_path / "kafka.log", port=port, controller_port=controller)
     pid = broker.start().pid
     servers = broker.bootstrap_servers
     stream = Stream(tmp_path, servers)
     frame = history(seed)
+    expected = pairs(frame) if joined else frame
     try:
-        store = repository(tmp_path / "repo", servers)
-        ensure_topics(servers, {"actions": PARTITIONS, "actions.dead": 1, "actions.late": 1})
+        store = repository(tmp_path / "repo", servers, joined)
+        ensure_topics(servers, {"actions": PARTITIONS, "prices": PARTITIONS, "actions.dead": 1, "actions.late": 1})
         produced = threading.Event()
         threading.Thread(target=produce, args=(servers, frame, produced), daemon=True).start()
         crash_at_random(stream, broker, pid, random.Random(seed))  # noqa: S311 (not a secret)
         assert produced.wait(180)
-        catch_up(stream)
+        catch_up(stream, len(expected))
         stream.stop()
-        totals = {name: sum(row[name] for row in stream.rows()) for name in ("processed", "dead", "late", "lag")}
-        assert totals == {"processed": EVENTS, "dead": len(POISONED), "late": 0, "lag": 0}
-        check_values(store, tmp_path / "repo" / "data" / "log", oracle(frame))
+        assert {figure: stream.total("activity", figure) for figure in ("processed", "late", "lag")} == {
+            "processed": len(expected),
+            "late": 0,
+            "lag": 0,
+        }
+        assert stream.total("paid" if joined else "activity", "dead") == len(POISONED)
+        check_values(store, tmp_path / "repo" / "data" / "log", oracle(expected))
         assert len(dead(servers)) == len(POISONED)
     finally:
         stream.kill()
