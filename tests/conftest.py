@@ -7,6 +7,8 @@ from pathlib import Path
 import prometheus_client.values  # noqa: F401 (before Feast, as in serving/__init__.py)
 import pytest
 
+import streaming  # noqa: F401 (the same)
+
 OURS = ("MILLRACE_", "RAY_", "KAFKA_BOOTSTRAP_SERVERS", "MLFLOW_TRACKING_URI")
 KEPT = ("MILLRACE_DATA",)
 
