@@ -50,11 +50,16 @@ def evaluate(config: WhisperConfig, data: Path | None, repo: Path, tracking_uri:
     found = splits(config.data, data, home)
     write_features(found, home / "features" / "offline" / "utterance_audio")
     held_out = found.test[: config.evaluate.max_utterances]
+    trained_beside = chosen[0].version.tags.get("split_hash")
     pending = [_submit(candidate, tracking_uri, home / "models", held_out) for candidate in chosen]
     notes = [
         "Whole sentences are resampled, each with all its conditions: intervals cover new sentences, not new speakers.",
         "References and transcripts are compared in lower case.",
     ]
+    if trained_beside not in (None, found.hash):
+        notes.append(
+            f"The champion was trained beside another test split ({trained_beside}): it may have heard these samples."
+        )
     known: Mapping[str, Mapping[str, Any]] = {}
     if config.evaluate.feature_service is not None:
         try:
@@ -84,7 +89,7 @@ def split(held_out: Sequence[Utterance], found: Splits, features: Mapping[str, M
         hash=found.hash if whole else f"{found.hash}-first-{len(held_out)}",
         ids=[one.id for one in held_out],
         references=[one.text.lower() for one in held_out],
-        groups=[f"{one.speaker}: {one.text}" for one in held_out],
+        groups=[one.unit for one in held_out],
         slices=slices([features.get(one.id, {}) for one in held_out]),
     )
 

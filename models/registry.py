@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,44 +75,16 @@ class Registry:
         self.promote(name, previous, reason)
         return previous
 
-    def enter(
-        self,
-        version: ModelVersion,
-        metric: str,
-        value: float,
-        *,
-        higher_is_better: bool,
-        measure: Callable[[ModelVersion], float | None],
-    ) -> str:
-        """Make a new version the champion if it is the first or beats the present one, else the challenger.
-
-        Args:
-            version: as `register` gave it, with the tag `split_hash`.
-            metric: tag under which versions hold their value on that split.
-            value: of the new version.
-            higher_is_better: the direction of the metric.
-            measure: the value on this split of a champion whose own is of another; None where it can't be judged.
+    def enter(self, version: ModelVersion) -> str:
+        """Make a new version the champion if there is none yet, else the challenger, which a gate has to let pass.
 
         Returns:
             The alias.
         """
-        name, split = version.name, version.tags["split_hash"]
-        if (name, CHAMPION) not in self.aliases():
-            self.promote(name, version.version, "the first version")
+        if (version.name, CHAMPION) not in self.aliases():
+            self.promote(version.name, version.version, "the first version")
             return CHAMPION
-        champion = self.resolve(name, CHAMPION)
-        same = champion.tags.get("split_hash") == split
-        to_beat = float(champion.tags[metric]) if same else measure(champion)
-        if to_beat is None:
-            reason = f"version {champion.version} is of another split, perhaps trained on samples of test split {split}"
-            self.set_alias(name, CHALLENGER, version.version, reason)
-            return CHALLENGER
-        better = value > to_beat if higher_is_better else value < to_beat
-        reason = f"{metric} {value:.4f} against {to_beat:.4f} of version {champion.version} on split {split}"
-        if better:
-            self.promote(name, version.version, reason)
-            return CHAMPION
-        self.set_alias(name, CHALLENGER, version.version, reason)
+        self.set_alias(version.name, CHALLENGER, version.version, "just trained")
         return CHALLENGER
 
     def aliases(self) -> dict[tuple[str, str], int]:
@@ -126,19 +98,22 @@ class Registry:
             token = page.token or ""
         return found
 
-    def resolve(self, name: str, alias: str) -> ModelVersion:
-        """The version that an alias points at.
+    def resolve(self, name: str, reference: str) -> ModelVersion:
+        """The version that an alias points at, or that has a number.
 
         Raises:
-            RegistryError: it points nowhere; the sentence names what is registered.
+            RegistryError: there is none; the sentence names what is registered.
         """
         try:
-            return _version(self._client.get_model_version_by_alias(name, alias))
+            if reference.isdecimal():
+                return _version(self._client.get_model_version(name, reference))
+            return _version(self._client.get_model_version_by_alias(name, reference))
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
         known = ", ".join(sorted(f"{model}@{given}" for model, given in self.aliases())) or "nothing"
-        raise RegistryError(f"{name}@{alias} is not registered; registered: {known}.")
+        wanted = f"{name} version {reference}" if reference.isdecimal() else f"{name}@{reference}"
+        raise RegistryError(f"{wanted} is not registered; registered: {known}.")
 
     def download(self, version: ModelVersion, cache: Path) -> Path:
         """The version's files in `cache/<name>/<version>`, fetched once; a download that breaks off leaves nothing."""

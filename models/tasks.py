@@ -31,7 +31,12 @@ class Kind:
     metrics: Mapping[str, bool]
     """The metrics of the test split, the primary one first, and whether higher is better."""
     scores: Callable[[Any, Path], Mapping[str, Sequence[tuple[float, float]]]]
-    """Each metric's (sum, count) of every sample of the test split, by the model in a folder."""
+    """Each metric's (sum, count) of every sample of the test split, by the model in a folder.
+
+    `METRIC/PART` is a metric on a part of the split: samples of other parts have (0, 0).
+    """
+    units: Callable[[Any], Sequence[str]]
+    """What each sample of the test split belongs to; samples of one unit are no independent evidence."""
     split_hash: Callable[[Any], str]
     """What identifies the test split."""
 
@@ -45,6 +50,7 @@ def named(name: str) -> Kind:
     match name:
         case "probe":
             from models.probe.config import ProbeConfig
+            from models.probe.task import VALIDATION
             from models.probe.train import scores, task, train
 
             return Kind(
@@ -54,6 +60,7 @@ def named(name: str) -> Kind:
                 train=train,
                 metrics={"accuracy": True},
                 scores=scores,
+                units=lambda config: [str(number) for number in VALIDATION],
                 split_hash=lambda config: "probe",
             )
         case "segmentation":
@@ -69,6 +76,7 @@ def named(name: str) -> Kind:
                 train=lambda *found, **where: train_segmentation(*found, **where).result,
                 metrics={"dice": True, "iou": True},
                 scores=sample_scores,
+                units=lambda found: [scan.group for scan in found.test],
                 split_hash=lambda found: str(found.hash),
             )
         case "whisper":
@@ -84,6 +92,7 @@ def named(name: str) -> Kind:
                 train=train_whisper,
                 metrics={"wer": False, "cer": False},
                 scores=sample_errors,
+                units=lambda found: [one.unit for one in found.test],
                 split_hash=lambda found: str(found.hash),
             )
     raise UnknownTask(f"There is no task {name}; a configuration lies in a folder named {', '.join(NAMES)}.")

@@ -35,6 +35,7 @@ from models.checkpoints import Checkpoint, CheckpointStore
 from models.training import bar, snapshots
 from models.training.config import SCHEDULING, TrainConfig
 from models.training.order import Sample, pick
+from models.training.parallel import require
 from models.training.task import Task
 from models.training.worker import Listener, Worker
 
@@ -47,6 +48,7 @@ __all__ = [
     "Task",
     "TrainConfig",
     "TrainingStopped",
+    "best_of",
     "checkpoints",
     "fit",
     "load_weights",
@@ -102,13 +104,16 @@ def fit(
         tracking_uri: MLflow's address, as the workers reach it. None: progress and metrics go to the log alone.
         run_id: the MLflow run to which they go.
 
-    Ray must be initialised. Raises what Ray Train raises when the failures are more than `config.max_failures`, and
-    TrainingStopped after SIGINT or SIGTERM, whose handlers it replaces meanwhile if it runs in the main thread.
+    Ray must be initialised. Raises what Ray Train raises when the failures are more than `config.max_failures`,
+    ParallelismError where the task can't be trained in the configured way, and TrainingStopped after SIGINT or SIGTERM,
+    whose handlers it replaces meanwhile if it runs in the main thread.
     """
+    require(task, config)
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     arguments = _Arguments(ray.put(task), config, folder, config_hash, tracking_uri, run_id)
     store = checkpoints(config, folder, config_hash)
+    store.forget_to_stop()
     (folder / PROGRESS).unlink(missing_ok=True)
     with _stopping(store), bar.shown(folder / PROGRESS, config.steps):
         _in_thread(_trainer(arguments).fit)
@@ -119,9 +124,7 @@ def fit(
     if place["ended"] is None:
         store.forget_to_stop()
         raise TrainingStopped(f"Training stopped after step {last.step}; the same command goes on from there.")
-    best = store.load(place["best"][0][1])
-    if best is None:
-        raise RuntimeError(f"{folder}: the best checkpoint was damaged after training; train again.")
+    best = best_of(store, last)
     return Fit(
         steps=last.step,
         best_step=best.step,
@@ -195,7 +198,7 @@ def _work(loop_config: Mapping[str, _Arguments]) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     os.nice(max(0, NICENESS - os.nice(0)))
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // dist.get_world_size()))
+    torch.set_num_threads(max(1, cores // ray.train.get_context().get_local_world_size()))
 
     @cache
     def run() -> Any:
@@ -225,6 +228,15 @@ def _work(loop_config: Mapping[str, _Arguments]) -> None:
     task, config = ray.get(arguments.task), arguments.config
     store = checkpoints(config, arguments.folder, arguments.config_hash)
     Worker(task, config, store, ray.train.torch.get_device(), listener).train()
+
+
+def best_of(store: CheckpointStore, last: Checkpoint) -> Checkpoint:
+    """The best checkpoint that is sound; the last one, of which that is known, if all the others are damaged."""
+    for _, step in last.facts["place"]["best"]:
+        if (found := store.load(step)) is not None:
+            return found
+        logger.warning(json.dumps({"event": "best checkpoint damaged", "step": step, "reason": "the next one is used"}))
+    return last
 
 
 def _export(store: CheckpointStore, checkpoint: Checkpoint, path: Path) -> Path:

@@ -8,7 +8,6 @@ import base64
 import html
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
@@ -17,33 +16,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy import stats
 
 FEWEST_SEEDS = 3
 LEVEL = 0.95
-SPACES = {"choice": None, "uniform": 2, "loguniform": 2, "randint": 2}
-
-
-class SearchConfig(BaseModel):
-    """A search space: `space` maps dotted keys of a configuration to one of Ray Tune's distributions.
-
-    For example `train.learning_rate: {loguniform: [1.0e-4, 1.0e-2]}` or `network.width: {choice: [16, 32]}`.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    samples: int = Field(8, ge=1)
-    """How many points are tried; the best by the validation's primary metric is then trained with all seeds."""
-    space: dict[str, dict[str, list[Any]]]
-
-    @model_validator(mode="after")
-    def _known(self) -> "SearchConfig":
-        for key, spaces in self.space.items():
-            known = [name in SPACES and len(values) == (SPACES[name] or len(values)) for name, values in spaces.items()]
-            if known != [True]:
-                raise ValueError(f"{key} must be one of choice: [...], uniform, loguniform or randint: [low, high]")
-        return self
 
 
 @dataclass(frozen=True)
@@ -72,40 +48,6 @@ class Row:
     low: float | None = None
     high: float | None = None
     claim: str = "the one compared with"
-
-
-class Finished:
-    """What was trained of a comparison that is under way, so that one that was interrupted repeats none of it.
-
-    Args:
-        folder: holds a file for each training; removed by `forget`.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def remember(self, outcome: Outcome, config: str) -> None:
-        """Keep the outcome of a training and what it was configured with."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(outcome.experiment, outcome.seed)
-        scratch = path.with_suffix(".writing")
-        scratch.write_text(json.dumps({"config": config, "outcome": asdict(outcome)}, default=str))
-        scratch.replace(path)
-
-    def recall(self, experiment: str, seed: int, config: str) -> Outcome | None:
-        """The outcome of a training, None where there is none with this configuration."""
-        try:
-            found = json.loads(self._path(experiment, seed).read_text())
-        except FileNotFoundError:
-            return None
-        return Outcome(**found["outcome"]) if found["config"] == config else None
-
-    def forget(self) -> None:
-        """The comparison is whole: the same command trains anew."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _path(self, experiment: str, seed: int) -> Path:
-        return self._folder / f"{experiment}-{seed}.json"
 
 
 def compare(outcomes: Sequence[Outcome], overrides: Mapping[str, Sequence[str]], higher_is_better: bool) -> list[Row]:

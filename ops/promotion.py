@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.statistics import Resampling, difference
+from evaluation.statistics import Resampling, difference, units_of
 
 Sums = Sequence[tuple[float, float]]
 """A metric's (sum, count) of each sample; the metric of all samples is the sum of sums over the sum of counts."""
@@ -75,7 +75,11 @@ class Decision:
 
 
 def decide(
-    gate: Gate, candidate: Mapping[str, Sums], champion: Mapping[str, Sums], directions: Mapping[str, bool]
+    gate: Gate,
+    candidate: Mapping[str, Sums],
+    champion: Mapping[str, Sums],
+    directions: Mapping[str, bool],
+    units: Sequence[str],
 ) -> Decision:
     """Hold a candidate against the champion.
 
@@ -83,12 +87,13 @@ def decide(
         gate: what is asked.
         candidate: metric -> (sum, count) of each sample.
         champion: the same of the same samples in the same order.
-        directions: of each guarded metric, whether higher is better.
+        directions: of each metric, whether higher is better; that of `wer` holds for its part `wer/general` too.
+        units: what each sample belongs to; those of one unit, such as a sentence in several noises, are drawn together.
     """
     sign = 1 if gate.higher_is_better else -1
     metric = Ratio(gate.metric, gate.higher_is_better)
     own, other = np.asarray(candidate[gate.metric], np.float64), np.asarray(champion[gate.metric], np.float64)
-    found = difference(metric, own, other, np.arange(len(own)), gate.resampling)
+    found = difference(metric, own, other, units_of(units, len(own)), gate.resampling)
     ends = sorted((sign * found.interval.low, sign * found.interval.high))
     gain, low, high = sign * found.value, ends[0], ends[1]
     level = f"{gate.resampling.level:.0%}"
@@ -100,7 +105,7 @@ def decide(
         return Decision(False, f"{figures}: it may be chance", gain, low, high)
     for name, allowed in gate.guards.items():
         new, old = _rate(np.asarray(candidate[name])), _rate(np.asarray(champion[name]))
-        worse = (old - new) if directions[name] else (new - old)
+        worse = (old - new) if directions[name.partition("/")[0]] else (new - old)
         if worse > allowed:
             but = f"but {name} {new:.4f} against {old:.4f}: worse by more than {allowed:g}"
             return Decision(False, f"{figures}, {but}", gain, low, high)

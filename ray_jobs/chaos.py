@@ -1,44 +1,26 @@
 """Train with a fault on purpose and report what it cost: `chaos.py --config FILE --fault sigkill --fault node`."""
 
 import json
-import shutil
+import os
+import secrets
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from threading import Thread
 from typing import Any, get_args
 
-import torch
+from pyarrow.fs import FileSystem, FileType
 
-from models import tasks, trainer
-from models.training.faults import MARK, Fault, FaultyTask
-from models.training.task import Task
+from models import tasks
+from models.training.chaos import Cost, costs, table
+from models.training.config import TrainConfig
+from models.training.faults import Fault
 from ops.configuration import load
 from ops.environment import Environment
 from ops.jobs import RAY_SETTINGS, JobError, parser, ray_session, run
 
-CONFIG_HASH = "chaos"
-WATCH_S = 0.05
 NODE_CPUS = 2
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one fault cost; seconds count from the fault, steps are those that were done again."""
-
-    fault: Fault
-    step: int
-    detection_s: float
-    restart_s: float
-    lost_steps: int
-    checkpoint_every: int
-    workers_after: int
-    restarts: int
-    same_bits: bool
-    largest_difference: float
 
 
 def main() -> dict[str, object]:
@@ -54,38 +36,24 @@ def main() -> dict[str, object]:
     task = kind.task(config, kind.data(config, environment.data, environment.home))
     faults: list[Fault] = arguments.fault or [fault for fault in get_args(Fault) if fault != "node"]
     found: list[Cost] = []
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="chaos-") as folder,
+        _stored_apart(config.train, Path(folder).name) as train,
+    ):
         here: list[Fault] = [fault for fault in faults if fault != "node"]
         if here:
             with ray_session():
-                found += costs(task, config.train, here, step, Path(folder))
+                found += costs(task, train, here, step, Path(folder))
         if "node" in faults:
-            shutil.rmtree(Path(folder) / "calm", ignore_errors=True)
             with _two_nodes() as lose_node:
-                elastic = config.train.model_copy(update={"workers": (1, 2), "cpus_per_worker": NODE_CPUS})
-                found += costs(task, elastic, ["node"], step, Path(folder), lose_node)
+                elastic = train.model_copy(update={"workers": (1, 2), "cpus_per_worker": NODE_CPUS})
+                found += costs(task, elastic, ["node"], step, Path(folder) / "nodes", lose_node)
     report = arguments.report or environment.home / "reports" / "chaos"
     report.mkdir(parents=True, exist_ok=True)
     result: dict[str, object] = {"config": str(arguments.config), "faults": [asdict(cost) for cost in found]}
     (report / "chaos.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (report / "chaos.md").write_text(table(found), encoding="utf-8")
     return result | {"report": str(report)}
-
-
-def table(costs: list[Cost]) -> str:
-    """The costs as Markdown."""
-    lines = [
-        "| fault | at step | noticed after s | back after s | steps done again | checkpoint every | final weights |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for cost in costs:
-        weights = "same bits" if cost.same_bits else f"within {cost.largest_difference:.1g}"
-        weights += "" if cost.workers_after == 2 else f", on {cost.workers_after} worker"
-        lines.append(
-            f"| {cost.fault} | {cost.step} | {cost.detection_s:.1f} | {cost.restart_s:.1f} | {cost.lost_steps} "
-            f"| {cost.checkpoint_every} | {weights} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def _arguments() -> Any:
@@ -98,69 +66,24 @@ def _arguments() -> Any:
     return arguments.parse_args()
 
 
-def costs(
-    task: Task,
-    config: trainer.TrainConfig,
-    faults: list[Fault],
-    step: int,
-    folder: Path,
-    lose_node: Callable[[], None] | None = None,
-) -> list[Cost]:
-    """Train once undisturbed, then once with each fault at a step, in folders below one that all nodes share."""
-    calm = trainer.fit(task, config, folder=folder / "calm", config_hash=CONFIG_HASH)
-    return [_cost(task, config, fault, step, folder / fault, calm.final, lose_node) for fault in faults]
-
-
-def _cost(
-    task: Task,
-    config: trainer.TrainConfig,
-    fault: Fault,
-    step: int,
-    folder: Path,
-    calm: Path,
-    lose_node: Callable[[], None] | None,
-) -> Cost:
-    folder.mkdir()
-    sample = trainer.pick((step + 1) * config.batch_size - 1, 1, task.size, config.seed)[0]
-    store = trainer.checkpoints(config, folder, CONFIG_HASH)
-    faulty = FaultyTask(task, fault, sample, folder, store)
-    if lose_node is not None:
-        Thread(target=_when_marked, args=(folder / MARK, lose_node), daemon=True).start()
-    fitted = trainer.fit(faulty, config, folder=folder, config_hash=CONFIG_HASH)
-    fault_s = float((folder / MARK).read_text())
-    noticed, after = _lines(folder / trainer.FAILURES)[0], _lines(folder / trainer.ATTEMPTS)[1]
-    left, right = (torch.load(path, weights_only=True)["network"] for path in (calm, fitted.final))
-    difference = max(float((left[name].double() - right[name].double()).abs().max()) for name in left)
-    return Cost(
-        fault=fault,
-        step=step,
-        detection_s=round(noticed["time_s"] - fault_s, 2),
-        restart_s=round(after["time_s"] - fault_s, 2),
-        lost_steps=step - after["step"],
-        checkpoint_every=config.checkpoint_every,
-        workers_after=after["world_size"],
-        restarts=fitted.restarts,
-        same_bits=all(torch.equal(left[name], right[name]) for name in left),
-        largest_difference=difference,
-    )
-
-
-def _lines(path: Path) -> list[Mapping[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _when_marked(mark: Path, action: Callable[[], None]) -> None:
-    while not mark.exists():
-        time.sleep(WATCH_S)
-    action()
+@contextmanager
+def _stored_apart(config: TrainConfig, name: str) -> Iterator[TrainConfig]:
+    """The configuration with a folder of its own in its storage, if it has one; it is removed in the end."""
+    if config.storage is None:
+        yield config
+        return
+    place = f"{config.storage.rstrip('/')}/{name}"
+    try:
+        yield config.model_copy(update={"storage": place})
+    finally:
+        filesystem, folder = FileSystem.from_uri(place)
+        if filesystem.get_file_info(folder).type != FileType.NotFound:
+            filesystem.delete_dir(folder)
 
 
 @contextmanager
 def _two_nodes() -> Iterator[Callable[[], None]]:
     """A Ray of two nodes, each with room for one worker; what it gives ends the second one without a warning."""
-    import os
-    import secrets
-
     os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **RAY_SETTINGS}.items():

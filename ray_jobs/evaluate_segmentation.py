@@ -1,12 +1,14 @@
 """Evaluate a trained segmentation model on a configuration's test split, against the best threshold rule."""
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from evaluation.segmentation import gain_table, gains_of, rows
+from models.registry import ModelVersion, Registry
 from models.segmentation import data, figures, predict
 from models.segmentation.config import SegmentationConfig
 from models.segmentation.scores import METRICS
@@ -15,11 +17,13 @@ from ops.configuration import load
 from ops.environment import Environment
 from ops.jobs import parser, run
 
+logger = logging.getLogger(__name__)
+
 
 def main() -> dict[str, object]:
     """Score network and rule, with intervals; write `evaluation.md`, `evaluation.json` and the panels."""
     arguments = parser(__doc__ or "", config="configs/segmentation/exp_006.yaml")
-    arguments.add_argument("--model", default="champion", help="folder or alias of a trained model (%(default)s)")
+    arguments.add_argument("--model", default="champion", help="folder, version or alias of a model (%(default)s)")
     arguments.add_argument("--output", type=Path, help="folder (default MILLRACE_HOME/reports/NAME-evaluation)")
     given = arguments.parse_args()
     environment = Environment.read()
@@ -29,6 +33,8 @@ def main() -> dict[str, object]:
     output = (given.output or environment.home / "reports" / f"{name}-evaluation").absolute()
     predictor = predict.find(given.model, name, environment.tracking_uri, environment.home / "models")
     found = data.splits(config.data, environment.data)
+    if not Path(given.model).is_dir():
+        _warn_if_seen(Registry(environment.tracking_uri).resolve(name, given.model), found)
     masks = [one.mask for one in predictor.segment([scan.image for scan in found.test])]
     rule, rule_masks = threshold_masks(config, found)
     scored = rows(found.test, masks, rule_masks)
@@ -44,6 +50,13 @@ def main() -> dict[str, object]:
     (output / "evaluation.md").write_text(gain_table(gains_of(scored)), encoding="utf-8")
     figures.panels(predictor, found.test, config.predict.panels, output / "predictions.png")
     return {**result, "report": str(output / "evaluation.md")}
+
+
+def _warn_if_seen(version: ModelVersion, found: data.Splits) -> None:
+    beside = version.tags.get("split_hash")
+    if beside != found.hash:
+        reason = f"version {version.version} was trained beside test split {beside}: it may have seen these images"
+        logger.warning(json.dumps({"event": "other split", "split_hash": found.hash, "reason": reason}))
 
 
 if __name__ == "__main__":

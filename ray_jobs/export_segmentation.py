@@ -14,7 +14,7 @@ from ops.jobs import parser, run
 def main() -> dict[str, object]:
     """Make and measure all variants on the configuration's test split; write `edge.md` and `edge.json` beside them."""
     arguments = parser(__doc__ or "", config="configs/segmentation/exp_006.yaml")
-    arguments.add_argument("--model", default="champion", help="folder or alias of a trained model (%(default)s)")
+    arguments.add_argument("--model", default="champion", help="folder, version or alias of a model (%(default)s)")
     arguments.add_argument("--output", type=Path, help="folder (default MILLRACE_HOME/edge/NAME)")
     given = arguments.parse_args()
     environment = Environment.read()

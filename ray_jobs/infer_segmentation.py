@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,14 @@ def main() -> dict[str, object]:
     if not paths:
         raise JobError(f"{arguments.input}: holds no image ({', '.join(sorted(SUFFIXES))}).")
     predictor = predict.find(arguments.model, arguments.name, environment.tracking_uri, environment.home / "models")
+    stems = Counter(path.with_suffix("") for path in paths)
     skipped = 0
     arguments.output.mkdir(parents=True, exist_ok=True)
     with (arguments.output / "results.jsonl").open("w", encoding="utf-8") as lines:
         for path in paths:
             try:
-                found = _segment(predictor, path, arguments.output / path.relative_to(arguments.input).with_suffix(""))
+                name = path if stems[path.with_suffix("")] > 1 else path.with_suffix("")
+                found = _segment(predictor, path, arguments.output / name.relative_to(arguments.input))
             except DataError as error:
                 skipped += 1
                 found = {"error": str(error)}
@@ -61,7 +64,7 @@ def _arguments() -> argparse.Namespace:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--input", type=Path, required=True, help="folder of images, searched below too")
     arguments.add_argument("--output", type=Path, required=True, help="folder of what is found")
-    arguments.add_argument("--model", default="champion", help="folder or alias of a trained model (%(default)s)")
+    arguments.add_argument("--model", default="champion", help="folder, version or alias of a model (%(default)s)")
     arguments.add_argument("--name", default="segmentation", help="registered name, where --model is an alias")
     return arguments.parse_args()
 

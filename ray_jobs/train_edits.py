@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from models import runs
-from models.registry import CHAMPION, Registry
+from models.registry import Registry
 from models.tabular import data, train
 from models.tabular.config import TabularConfig
 from ops.configuration import load
@@ -38,7 +38,7 @@ def main() -> dict[str, object]:
             tags = {"task": "tabular", "data.hash": splits.hash}
             version = registry.register(config.name, folder, run_id=tracked.id, tags=tags)
         reason = f"trained: AUROC {trained.metrics['auroc']:.3f} on held-out entities"
-        registry.set_alias(config.name, CHAMPION, version.version, reason)
+        registry.promote(config.name, version.version, reason)
     return {
         "model": config.name,
         "version": version.version,

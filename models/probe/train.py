@@ -11,7 +11,7 @@ import torch
 from models import trainer
 from models.probe.config import ProbeConfig
 from models.probe.task import VALIDATION, ProbeTask
-from models.registry import CHALLENGER, Registry
+from models.registry import Registry
 from models.runs import claimed, opened
 
 WEIGHTS = "weights.pt"
@@ -65,11 +65,13 @@ def train(config: ProbeConfig, data: object = None, *, home: Path, tracking_uri:
             tags = {"task": "probe", "split_hash": "probe"}
             registry = Registry(tracking_uri)
             version = registry.register(config.registered_name, Path(scratch), run_id=run.id, tags=tags)
-        registry.set_alias(config.registered_name, CHALLENGER, version.version, "just trained")
+        alias = registry.enter(version)
         claim.remember(run.id, finished=True)
     return {
         "accuracy": right / count,
+        "model": config.registered_name,
         "version": version.version,
+        "alias": alias,
         "steps": fitted.steps,
         "best_step": fitted.best_step,
         "seconds": round(fitted.seconds, 1),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from models.segmentation.scans import DataError
 
 MAX_BYTES = 512 * 2**20
-MAX_VOXELS = 2**30
+MAX_VOXELS = 1 << 27
 _FOREIGN = {"SegmentArray", "SingleSegment", "MultiClassSegment", "MultiPartSegment"}
 _PACKAGES = ("evalseg.", "eval_seg.")
 _OPCODES = set(

@@ -135,10 +135,10 @@ def load(folder: Path, device: str = "cpu") -> SegmentationPredictor:
 
 
 def find(model: str, registered_name: str, tracking_uri: str, cache: Path) -> SegmentationPredictor:
-    """Load a model's folder, or the version that an alias of the registered name points at.
+    """Load a model's folder, or a version of the registered name by its number or by an alias.
 
     Raises:
-        RegistryError: there is no such folder and no such alias.
+        RegistryError: there is no such folder, version or alias.
         PredictorError: the folder holds no segmentation model.
     """
     if Path(model).is_dir():

@@ -175,7 +175,8 @@ def train(config: SegmentationConfig, found: Splits, *, home: Path, tracking_uri
         run.log_metrics({f"test_rule_{key}": value for key, value in rule_scores.items()}, fitted.steps)
         _draw(run, tracking_uri, predictor, found, config.predict.panels)
         registry = Registry(tracking_uri)
-        version, alias = _register(registry, config, predictor, run, found, scores)
+        version = _upload(registry, config, predictor, run, found, scores)
+        alias = registry.enter(version)
         claim.remember(run.id, finished=True)
     result = {
         **{key: round(value, 4) for key, value in scores.items()},
@@ -188,6 +189,7 @@ def train(config: SegmentationConfig, found: Splits, *, home: Path, tracking_uri
         "steps": fitted.steps,
         "best_step": fitted.best_step,
         "seconds": round(fitted.seconds, 1),
+        "model": config.registered_name,
         "version": version.version,
         "alias": alias,
         "run_id": run.id,
@@ -249,39 +251,20 @@ def _draw(run: Run, tracking_uri: str, predictor: SegmentationPredictor, found: 
                 run.log_file(path, "figures")
 
 
-def _register(
+def _upload(
     registry: Registry,
     config: SegmentationConfig,
     predictor: SegmentationPredictor,
     run: Run,
     found: Splits,
     scores: Mapping[str, float],
-) -> tuple[ModelVersion, str]:
-    """Register, as champion where it is the first or beats the present one, else as challenger.
-
-    A champion that another split of the same real images trained can't be judged on this one, so it stays.
-    """
+) -> ModelVersion:
     tags = {"task": "segmentation", "split_hash": found.hash, "source": found.source}
     tags |= {key: f"{value:.6f}" for key, value in scores.items()}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         predictor.save(folder)
-        version = registry.register(config.registered_name, folder, run_id=run.id, tags=tags)
-
-    def measure(champion: ModelVersion) -> float | None:
-        unfair = found.source != "phantoms" and champion.tags.get("source") == found.source
-        return None if unfair else _dice_of(registry, champion, found)
-
-    alias = registry.enter(version, "dice", scores["dice"], higher_is_better=True, measure=measure)
-    return version, alias
-
-
-def _dice_of(registry: Registry, version: ModelVersion, found: Splits) -> float:
-    """What a registered version scores on this test split."""
-    with tempfile.TemporaryDirectory() as cache:
-        present = predict.load(registry.download(version, Path(cache)))
-    masks = [one.mask for one in present.segment([scan.image for scan in found.test])]
-    return mean_scores(masks, found.test)["dice"]
+        return registry.register(config.registered_name, folder, run_id=run.id, tags=tags)
 
 
 def fingerprint(config: SegmentationConfig, found: Splits) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.checkpoints import CheckpointStore
 from models.training.order import Sample
@@ -41,38 +41,17 @@ class FaultyTask:
     folder: Path
     store: CheckpointStore
 
-    @property
-    def size(self) -> int:
-        """As of the task."""
-        return self.task.size
-
-    @property
-    def primary(self) -> str:
-        """As of the task."""
-        return self.task.primary
-
-    @property
-    def higher_is_better(self) -> bool:
-        """As of the task."""
-        return self.task.higher_is_better
-
-    def build(self) -> nn.Module:
-        """As of the task."""
-        return self.task.build()
+    def __getattr__(self, name: str) -> Any:
+        """All but the batches is as of the task."""
+        if name == "task" or name.startswith("__"):  # asked for while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.task, name)
 
     def batch(self, samples: Sequence[Sample]) -> Mapping[str, Tensor]:
         """As of the task, unless the fault is due."""
         if self.sample in samples and self._first():
             self._harm()
         return self.task.batch(samples)
-
-    def loss(self, network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        """As of the task."""
-        return self.task.loss(network, batch)
-
-    def validate(self, network: nn.Module, rank: int, world_size: int) -> Mapping[str, tuple[float, float]]:
-        """As of the task."""
-        return self.task.validate(network, rank, world_size)
 
     def _first(self) -> bool:
         """Whether there was no fault before; the mark says when it was."""

@@ -6,6 +6,7 @@ shares nothing of this, is in `models.training.pipeline`.
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 class ParallelismError(ValueError):
     """A task that can't be trained in the configured way, in one sentence."""
+
+
+def require(task: Task, config: TrainConfig) -> None:
+    """Raise ParallelismError where a task has not what the configured parallelism takes."""
+    if config.most_workers == 1:
+        return
+    if config.parallelism in ("tensor", "fsdp+tensor") and not hasattr(task, "tensor_plan"):
+        raise ParallelismError(f"{type(task).__name__} has no tensor_plan; set train.parallelism to fsdp or ddp.")
+    if config.parallelism == "pipeline" and not hasattr(task, "cut"):
+        raise ParallelismError(f"{type(task).__name__} cannot be cut; set train.parallelism to fsdp or ddp.")
 
 
 class Layers:
@@ -46,9 +57,7 @@ class Layers:
             return
         mesh = init_device_mesh(device.type, (self.data_size, sliced_over), mesh_dim_names=("data", "tensor"))
         if sliced_over > 1:
-            if not isinstance(task, Sliceable):
-                raise ParallelismError(f"{type(task).__name__} has no tensor_plan; set train.parallelism to fsdp.")
-            parallelize_module(network, mesh["tensor"], dict(task.tensor_plan(network)))
+            parallelize_module(network, mesh["tensor"], dict(cast(Sliceable, task).tensor_plan(network)))
         if self.data_size > 1:
             for block in _blocks(network):
                 fully_shard(block, mesh=mesh["data"])

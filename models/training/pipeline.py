@@ -4,7 +4,7 @@ Each rank has one part and all samples; while a part works on one microbatch, th
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from models.training.config import TrainConfig
-from models.training.parallel import ParallelismError, autocast
+from models.training.parallel import autocast
 from models.training.task import Cuttable, Task
 
 
@@ -22,11 +22,9 @@ class Chain:
     data_rank, data_size, copies = 0, 1, 1
 
     def __init__(self, task: Task, network: nn.Module, config: TrainConfig, device: torch.device) -> None:
-        if not isinstance(task, Cuttable):
-            raise ParallelismError(f"{type(task).__name__} cannot be cut; set train.parallelism to ddp or fsdp.")
-        self._task, self._device = task, device
+        self._task, self._device = cast(Cuttable, task), device
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        parts = task.cut(network, self._world_size)
+        parts = self._task.cut(network, self._world_size)
         self.network = parts[self._rank]
         state = network.state_dict(keep_vars=True)
         members = [{id(one) for one in [*part.parameters(), *part.buffers()]} for part in parts]
@@ -36,7 +34,7 @@ class Chain:
         self._own = {name: tensor for name, tensor in state.items() if self._owners[name] == self._rank}
         precision = autocast(config, device)
         self.network.forward = precision(self.network.forward)
-        self._output_loss = precision(task.output_loss)
+        self._output_loss = precision(self._task.output_loss)
         self._scale = 1.0
         self._sums: list[tuple[float, int]] = []
         stage = PipelineStage(self.network, self._rank, self._world_size, device)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from models.checkpoints import CheckpointStore
 from models.training.config import TrainConfig
+from models.training.parallel import require
 from models.training.task import Task
 from models.training.worker import Listener, Worker
 
@@ -38,6 +39,7 @@ def train(task: Task, config: TrainConfig, store: CheckpointStore) -> Told:
     Raises:
         ProcessError: one of them failed; the others are ended.
     """
+    require(task, config)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)

@@ -55,4 +55,5 @@ def _set(state: Mapping[str, Any]) -> None:
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state_all(state["cuda"])
+    for device, saved in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):  # there may be fewer now
+        torch.cuda.set_rng_state(saved, device)

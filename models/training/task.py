@@ -1,7 +1,7 @@
 """What a task gives to the harness; all of it is sent to the workers, so it must be picklable and hold no network."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -37,7 +37,6 @@ class Task(Protocol):
         """One rank's share of each validation metric as (sum, count); the metric is sum / count over all ranks."""
 
 
-@runtime_checkable
 class Sliceable(Protocol):
     """A task whose layers several workers can share (tensor parallel)."""
 
@@ -45,7 +44,6 @@ class Sliceable(Protocol):
         """How each of the network's modules is sliced, as `parallelize_module` takes it."""
 
 
-@runtime_checkable
 class Cuttable(Protocol):
     """A task whose network is a chain of parts, each taking the one tensor that the part before gives.
 

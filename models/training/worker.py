@@ -90,7 +90,7 @@ class Worker:
         self._plain = network if whole and config.average_decay is None else copy.deepcopy(network)
         pipeline = config.parallelism == "pipeline" and self._world_size > 1
         self._parallel = (Chain if pipeline else Layers)(task, network, config, device)
-        randomness.seed(config.seed + 1 + self._rank)
+        randomness.seed(config.seed + 1 + self._rank // self._parallel.copies)  # copies of a layer drop the same
         self._trained = {
             name: tensor for name, tensor in self._parallel.state().items() if isinstance(tensor, nn.Parameter)
         }
@@ -252,10 +252,7 @@ class Worker:
 
     def _resume(self) -> None:
         """Agree on the checkpoint that rank 0 finds sound, and load it."""
-        found: list[Checkpoint | None] = [None]
-        if self._rank == 0:
-            self._store.forget_to_stop()
-            found = [self._store.recover()]
+        found: list[Checkpoint | None] = [self._store.recover() if self._rank == 0 else None]
         dist.broadcast_object_list(found)
         if (checkpoint := found[0]) is not None:
             self._load(checkpoint)

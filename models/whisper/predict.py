@@ -9,14 +9,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from models.predictor import DESCRIPTION, describe
-from models.registry import ModelVersion, Registry, RegistryError
+from models.registry import Registry
 from models.whisper import alignment
 from models.whisper import network as networks
 from models.whisper.audio import AudioError
@@ -188,14 +186,4 @@ def find(model: str, registered_name: str, tracking_uri: str, cache: Path) -> Wh
     if Path(model).is_dir():
         return load(Path(model))
     registry = Registry(tracking_uri)
-    numbered = model.isdecimal()
-    version = _numbered(registered_name, model, tracking_uri) if numbered else registry.resolve(registered_name, model)
-    return load(registry.download(version, cache))
-
-
-def _numbered(name: str, number: str, tracking_uri: str) -> ModelVersion:
-    try:
-        found = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri).get_model_version(name, number)
-    except MlflowException:
-        raise RegistryError(f"{name} version {number} is not registered; give another version, or an alias.") from None
-    return ModelVersion(found.name, int(found.version), str(found.run_id), found.tags, str(found.source))
+    return load(registry.download(registry.resolve(registered_name, model), cache))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from models.whisper.utterances import DataError, Splits, Utterance, content_hash
 logger = logging.getLogger(__name__)
 
 SUBSET = "recorded"
-_OTHER = re.compile(r"[^a-z' ]+")
+_OTHER = re.compile(r"(?:[^\w' ]|_)+")
 
 
 def splits(config: RecordingsConfig, data: Path | None) -> Splits:
@@ -37,6 +38,8 @@ def splits(config: RecordingsConfig, data: Path | None) -> Splits:
     longest = (config.max_seconds - 2 * config.noise.margin_s[1]) * config.sample_rate_hz
     for path, text in read(data / config.folder):
         try:
+            if not text:
+                raise AudioError("its transcript has no words")
             wave = decode(path.read_bytes(), config.sample_rate_hz)
             if len(wave) > longest:
                 raise AudioError(
@@ -97,5 +100,5 @@ def _orders(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def spoken(text: str) -> str:
-    """A transcript as error rates compare it: lower case, letters and apostrophes, single spaces."""
-    return " ".join(_OTHER.sub(" ", text.lower().replace("’", "'")).split())
+    """A transcript as error rates compare it: lower case, letters of any language, digits, apostrophes, one space."""
+    return " ".join(_OTHER.sub(" ", unicodedata.normalize("NFC", text).lower().replace("’", "'")).split())

@@ -137,9 +137,15 @@ class WhisperTask:
 
 
 def sample_errors(found: Splits, folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Edits and lengths of each utterance of the test split, by the model in a folder."""
+    """Edits and lengths of each utterance of the test split, in all and by kind of sentence, by a folder's model."""
     each = each_errors(predict.load(folder), found.test)
-    return {name: [one[name] for one in each] for name in ("wer", "cer")}
+    scores = {name: [one[name] for one in each] for name in ("wer", "cer")}
+    for subset in sorted({one.subset for one in found.test}):
+        own = [one.subset == subset for one in found.test]
+        for name in ("wer", "cer"):
+            pairs = zip(scores[name], own, strict=True)
+            scores[f"{name}/{subset}"] = [edits if here else (0.0, 0.0) for edits, here in pairs]
+    return scores
 
 
 def train(config: WhisperConfig, found: Splits, *, home: Path, tracking_uri: str) -> dict[str, object]:
@@ -183,7 +189,8 @@ def train(config: WhisperConfig, found: Splits, *, home: Path, tracking_uri: str
         rates = {f"before_{key}": value for key, value in before.items()} | after
         run.log_metrics({f"test_{key}": value for key, value in rates.items()}, fitted.steps)
         _register_baseline(registry, config.registered_name, baseline, run, found, before)
-        version, alias = _register(registry, config.registered_name, predictor, run, found, after, home / "models")
+        version = _upload(registry, config.registered_name, predictor, "model", run, found, after)
+        alias = registry.enter(version)
         claim.remember(run.id, finished=True)
     return {
         "wer_before": before["wer"],
@@ -193,6 +200,7 @@ def train(config: WhisperConfig, found: Splits, *, home: Path, tracking_uri: str
         "steps": fitted.steps,
         "best_step": fitted.best_step,
         "seconds": round(fitted.seconds, 1),
+        "model": config.registered_name,
         "version": version.version,
         "alias": alias,
         "run_id": run.id,
@@ -202,24 +210,6 @@ def train(config: WhisperConfig, found: Splits, *, home: Path, tracking_uri: str
         "restarts": fitted.restarts,
         "parameters": sum(parameter.numel() for parameter in trained.parameters()),
     }
-
-
-def _register(
-    registry: Registry,
-    name: str,
-    predictor: WhisperPredictor,
-    run: Run,
-    found: Splits,
-    rates: Mapping[str, float],
-    cache: Path,
-) -> tuple[ModelVersion, str]:
-    """Register, as champion where it is the first or beats the present one, else as challenger."""
-    version = _upload(registry, name, predictor, "model", run, found, rates)
-
-    def measure(champion: ModelVersion) -> float:
-        return rates_of(errors(predict.load(registry.download(champion, cache)), found.test))["wer"]
-
-    return version, registry.enter(version, "wer", rates["wer"], higher_is_better=False, measure=measure)
 
 
 def _register_baseline(

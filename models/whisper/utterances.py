@@ -37,6 +37,11 @@ class Utterance:
     noise: str = CLEAN
     snr_db: float | None = None
 
+    @property
+    def unit(self) -> str:
+        """Speaker and words: a sentence is drawn with all its conditions of noise where intervals are estimated."""
+        return f"{self.speaker}: {self.text}"
+
 
 class Pool(Protocol):
     """What makes the utterances of training out of those that it has."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,10 +13,14 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from models.checkpoints import Checkpoint, CheckpointStore
 from models.probe.task import ProbeTask
+from models.segmentation.config import SegmentationConfig
+from models.segmentation.train import SegmentationTask
 from models.training import processes, snapshots
 from models.training.config import TrainConfig
 from models.training.faults import FaultyTask
+from models.training.parallel import ParallelismError
 from models.training.processes import Told
+from models.training.task import Task
 
 STEPS = 12
 PARALLEL: dict[str, dict[str, object]] = {
@@ -148,7 +152,21 @@ def test_asked_to_stop_it_leaves_a_checkpoint_of_that_step(store: CheckpointStor
     assert stopped.last.step == max(stopped.told.losses)
 
 
-def test_what_cannot_be_cut_or_sliced_ends_at_once(store: CheckpointStore) -> None:
-    faulty = FaultyTask(ProbeTask(), "exception", (0, -1), Path("/nowhere"), store)
-    with pytest.raises(processes.ProcessError, match="FaultyTask has no tensor_plan; set train.parallelism to fsdp."):
-        processes.train(faulty, config(parallelism="tensor"), store)
+@pytest.mark.parametrize(
+    ("parallelism", "said"), [("fsdp+tensor", "has no tensor_plan"), ("pipeline", "cannot be cut")]
+)
+def test_what_cannot_be_cut_or_sliced_is_refused_before_it_starts(
+    store: CheckpointStore, parallelism: str, said: str
+) -> None:
+    task = SegmentationTask(SegmentationConfig(), (), ())
+    with pytest.raises(ParallelismError, match=f"SegmentationTask {said}; set train.parallelism to fsdp or ddp."):
+        processes.train(task, config(parallelism=parallelism), store)
+
+
+def test_a_task_with_a_fault_can_be_sliced_as_the_task_can(store: CheckpointStore, tmp_path: Path) -> None:
+    faulty = FaultyTask(ProbeTask(), "exception", (0, -1), tmp_path, store)
+    sliced = config(parallelism="tensor", steps=4)
+    plain = CheckpointStore.at((tmp_path / "plain").as_uri(), "hash")
+    assert (
+        processes.train(cast(Task, faulty), sliced, store).losses == processes.train(ProbeTask(), sliced, plain).losses
+    )

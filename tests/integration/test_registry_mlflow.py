@@ -48,20 +48,22 @@ def test_an_alias_moves_and_versions_are_integers(registry: Registry, mlflow_uri
     assert isinstance(registry.aliases()["moving", "champion"], int)
 
 
-def test_a_better_version_takes_the_place_and_can_be_rolled_back(
+def test_training_makes_challengers_and_a_promotion_can_be_rolled_back(
     registry: Registry, mlflow_uri: str, tmp_path: Path
 ) -> None:
     with opened(mlflow_uri, "test", "run") as run:
-        for number, wer in enumerate((0.5, 0.6, 0.4)):
-            tags = {"wer": str(wer), "split_hash": "s"}
-            version = registry.register("crown", model(tmp_path / f"{number}", "t"), run_id=run.id, tags=tags)
-            registry.enter(version, "wer", wer, higher_is_better=False, measure=lambda _: None)
-            if number == 0:
-                with pytest.raises(RegistryError, match="crown@previous is not registered"):
-                    registry.roll_back("crown", "?")
-    assert aliases_of(registry, "crown") == {"champion": 3, "challenger": 2, "previous": 1}
+        entered = [
+            registry.enter(registry.register("crown", model(tmp_path / name, "t"), run_id=run.id, tags={}))
+            for name in ("first", "second", "third")
+        ]
+    assert entered == ["champion", "challenger", "challenger"]
+    assert aliases_of(registry, "crown") == {"champion": 1, "challenger": 3}
+    with pytest.raises(RegistryError, match="crown@previous is not registered"):
+        registry.roll_back("crown", "?")
+    registry.promote("crown", registry.resolve("crown", "2").version, "it is better")
+    assert aliases_of(registry, "crown") == {"champion": 2, "challenger": 3, "previous": 1}
     assert registry.roll_back("crown", "it is slow") == 1
-    assert aliases_of(registry, "crown") == {"champion": 1, "challenger": 2, "previous": 3}
+    assert aliases_of(registry, "crown") == {"champion": 1, "challenger": 3, "previous": 2}
     assert registry.resolve("crown", "champion").tags["champion.reason"] == "it is slow"
 
 
@@ -69,10 +71,17 @@ def aliases_of(registry: Registry, name: str) -> dict[str, int]:
     return {alias: version for (model, alias), version in registry.aliases().items() if model == name}
 
 
-@pytest.mark.parametrize(("name", "alias"), [("unknown", "champion"), ("moving", "unknown")])
-def test_what_is_not_registered_is_named_with_what_is(registry: Registry, name: str, alias: str) -> None:
-    with pytest.raises(RegistryError, match=f"{name}@{alias} is not registered; registered: .*moving@champion"):
-        registry.resolve(name, alias)
+@pytest.mark.parametrize(
+    ("name", "reference", "said"),
+    [
+        ("unknown", "champion", "unknown@champion"),
+        ("moving", "unknown", "moving@unknown"),
+        ("moving", "99", "moving version 99"),
+    ],
+)
+def test_what_is_not_registered_is_named_with_what_is(registry: Registry, name: str, reference: str, said: str) -> None:
+    with pytest.raises(RegistryError, match=f"{said} is not registered; registered: .*moving@champion"):
+        registry.resolve(name, reference)
 
 
 def test_a_restart_goes_on_with_the_same_run_and_logs_no_step_twice(mlflow_uri: str) -> None:

@@ -84,13 +84,15 @@ def test_train_evaluate_export_and_find(home: Path) -> None:
     pictures.mkdir()
     made = phantom(0, 0, 0, 96).image
     Image.fromarray((made * 255).astype(np.uint8)).save(pictures / "one.png")
+    Image.fromarray((made * 255).astype(np.uint8)).save(pictures / "one.bmp")
     Image.new("L", (96, 96)).save(pictures / "one_mask.png")
     (pictures / "broken.png").write_bytes(b"no image")
     folder = str(Path(exported["folder"]) / "pruned")
     found = result(
         job("infer_segmentation.py", home, "--input", str(pictures), "--output", str(home / "out"), "--model", folder)
     )
-    assert (found["images"], found["skipped"]) == (1, 1)
-    assert np.asarray(Image.open(home / "out" / "one_mask.png")).shape == (96, 96)
+    assert (found["images"], found["skipped"]) == (2, 1)
+    for name in ("one.png", "one.bmp"):
+        assert np.asarray(Image.open(home / "out" / f"{name}_mask.png")).shape == (96, 96), "both are there"
     lines = [json.loads(line) for line in (home / "out" / "results.jsonl").read_text().splitlines()]
-    assert ["error" in line for line in lines] == [True, False]
+    assert ["error" in line for line in lines] == [True, False, False]

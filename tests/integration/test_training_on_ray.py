@@ -1,7 +1,6 @@
 """The harness on a local Ray: a worker that hangs and a job that is told to end change no bit of the weights."""
 
 import os
-import runpy
 import signal
 import time
 from pathlib import Path
@@ -15,8 +14,8 @@ from models.checkpoints import CheckpointStore
 from models.probe.task import ProbeTask
 from models.trainer import TrainConfig, TrainingStopped, checkpoints, fit
 from models.training import parameter_server, processes
+from models.training.chaos import costs, table
 
-CHAOS = runpy.run_path(str(Path(__file__).parents[2] / "ray_jobs" / "chaos.py"))
 CONFIG = TrainConfig(steps=60, batch_size=8, learning_rate=0.01, checkpoint_every=10, validate_every=30, log_every=10)
 TASK = ProbeTask(dropout=0.1)
 TIMEOUT_S = 240
@@ -28,11 +27,11 @@ def folder(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_hanging_worker_costs_less_than_a_checkpoint_interval(folder: Path) -> None:
-    (cost,) = CHAOS["costs"](TASK, CONFIG, ["sigstop"], 35, folder)
+    (cost,) = costs(TASK, CONFIG, ["sigstop"], 35, folder)
     assert (cost.same_bits, cost.restarts, cost.workers_after) == (True, 1, 2)
     assert cost.lost_steps == 5
     assert 0 < cost.detection_s < cost.restart_s
-    assert "| sigstop | 35 |" in CHAOS["table"]([cost])
+    assert "| sigstop | 35 |" in table([cost])
 
 
 def test_a_job_told_to_end_leaves_a_checkpoint_and_goes_on(folder: Path) -> None:
@@ -43,8 +42,9 @@ def test_a_job_told_to_end_leaves_a_checkpoint_and_goes_on(folder: Path) -> None
     store = checkpoints(config, run, "chaos")
 
     def terminate() -> None:
+        """While the workers start: the note waits for their first step."""
         ends = time.monotonic() + TIMEOUT_S
-        while not store.steps() and time.monotonic() < ends:
+        while signal.getsignal(signal.SIGTERM) is handlers[1] and time.monotonic() < ends:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 

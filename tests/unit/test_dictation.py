@@ -176,12 +176,28 @@ def test_recorded_lines_are_split_by_recording(sentences: Path, caplog: pytest.L
     found = recordings.splits(lines, sentences)
     assert found.skipped == 2
     assert sum("recording skipped" in record.getMessage() for record in caplog.records) == 2
-    assert {one.text for one in found.train.utterances} == {"mister ten the th"}
+    texts = {one.text for one in found.train.utterances}
+    assert texts <= {f"mister ten the {number}th" for number in range(12)}, "digits are words as others are"
+    assert len(texts) == len(found.train.utterances)
     parts = [{one.speaker for one in part} for part in (found.train.utterances, found.validation, found.test)]
     assert parts == [{"recorded"}] * 3
     assert len(found.train.utterances) + len(found.validation) + len(found.test) // 13 == 10
     with pytest.raises(DataError, match="set MILLRACE_DATA"):
         recordings.splits(lines, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Füße, über_café!", "füße über café"),
+        ("Don’t — well-known", "don't well known"),
+        ("привет, мир", "привет мир"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("…?!", ""),
+    ],
+)
+def test_letters_of_any_language_stay(text: str, said: str) -> None:
+    assert recordings.spoken(text) == said
 
 
 def test_a_large_test_split_leaves_something_for_the_others(sentences: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 from scipy import stats
 
-from ops.experiments import Finished, Outcome, SearchConfig, compare, markdown, page, write
+from ops.experiments import Outcome, compare, markdown, page, write
+from ops.trials import Finished, SearchConfig
 
 
 def outcomes(name: str, scores: list[float | None]) -> list[Outcome]:
