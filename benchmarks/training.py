@@ -5,14 +5,18 @@ import os
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torch import Tensor
+
 from benchmarks.record import Figure, machine, write
-from models.checkpoints import CheckpointStore
 from models.probe.task import ProbeTask
-from models.training import parameter_server, processes
-from models.training.config import TrainConfig
+from models.trainer import Sample, TrainConfig, fit
+from models.training import parameter_server
 from ops.jobs import ray_session
 from ops.layout import REPOSITORY
 
@@ -28,14 +32,16 @@ BACK_S = {"sigkill": 15.0, "sigstop": 30.0}
 def main() -> None:
     """Measure in turns, so that a busy machine is busy for all, and write the medians."""
     conditions = (
-        f"{TASK}, batch {BATCH}, gloo, the cores shared out among the workers; median of {ROUNDS} in turns; {machine()}"
+        f"{TASK}, batch {BATCH}, ours on Ray Train, gloo, the cores shared out among the workers; "
+        f"median of {ROUNDS} in turns; {machine()}"
     )
     plain: dict[int, list[float]] = {1: [], 2: []}
     ours: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(ROUNDS):
-        for workers in (1, 2):
-            plain[workers].append(_torchrun(workers))
-            ours[workers].append(_harness(workers))
+    with ray_session():
+        for _ in range(ROUNDS):
+            for workers in (1, 2):
+                plain[workers].append(_torchrun(workers))
+                ours[workers].append(_harness(workers))
     figures = [
         Figure(
             f"training: steps a second on {workers} worker{'s' * (workers > 1)}",
@@ -89,11 +95,27 @@ def _torchrun(workers: int) -> float:
     return float(json.loads(done.stdout))
 
 
+@dataclass(frozen=True)
+class TimedTask(ProbeTask):
+    """The task, and a file for each worker with the time of every batch."""
+
+    folder: str = ""
+
+    def batch(self, samples: Sequence[Sample]) -> Mapping[str, Tensor]:
+        """As of the task."""
+        with Path(self.folder, str(os.getpid())).open("a", encoding="utf-8") as file:
+            file.write(f"{time.monotonic()}\n")
+        return super().batch(samples)
+
+
 def _harness(workers: int) -> float:
-    """The worker's loop in processes: under Ray Train it is the same one, and Ray has no part in a step."""
+    """Steps a second under Ray Train, after the first ones."""
     with TemporaryDirectory() as folder:
-        told = processes.train(TASK, _config(workers, STEPS), CheckpointStore.at(folder, "benchmark"))
-    return (STEPS - FIRST) / (told.times_s[STEPS] - told.times_s[FIRST])
+        task = TimedTask(**(asdict(TASK) | {"folder": folder}))
+        fit(task, _config(workers, STEPS), folder=Path(folder) / "run", config_hash="benchmark")
+        (first, *_) = (path for path in Path(folder).iterdir() if path.name.isdecimal())
+        times_s = [float(line) for line in first.read_text(encoding="utf-8").splitlines()]
+    return (STEPS - 1 - FIRST) / (times_s[STEPS - 1] - times_s[FIRST])
 
 
 def _servers(reduced: float, conditions: str) -> list[Figure]:
