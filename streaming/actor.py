@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import ray
 from feast import FeatureStore, FileSource, RepoConfig
+from feast.data_source import PushMode
 
 from streaming.changelog import ChangelogSink, Published
 from streaming.checkpoint import CheckpointStore
@@ -19,7 +20,7 @@ from streaming.deriving.deriver import Deriver
 from streaming.deriving.operators import open_operator
 from streaming.deriving.transactions import Transactions, group
 from streaming.group import GroupMember
-from streaming.holding import Online
+from streaming.holding import NoOffline, NoOnline, Online
 from streaming.logs import log_to_stderr
 from streaming.metrics import StreamMetrics, serve
 from streaming.offline import OfflineLog
@@ -147,14 +148,20 @@ class StreamActor:
             self._stop.set()
 
 
-def open_worker(store: FeatureStore, plan: Plan, keyed: bool, settings: Settings) -> Worker:
-    """A worker with its consumer and sinks, not started."""
+def open_worker(
+    store: FeatureStore,
+    plan: Plan,
+    keyed: bool,
+    settings: Settings,
+    to: PushMode = PushMode.ONLINE_AND_OFFLINE,
+) -> Worker:
+    """A worker with its consumer and the sinks of `to`, not started."""
     home = Path(settings.home)
     return Worker(
         plan,
         source=Consumer(plan.bootstrap_servers, plan.topic, group=f"millrace-{plan.view}"),
-        online=_online(store, plan),
-        offline=open_offline_log(store, plan, home),
+        online=NoOnline() if to == PushMode.OFFLINE else _online(store, plan),
+        offline=NoOffline() if to == PushMode.ONLINE else open_offline_log(store, plan, home),
         rejects=RejectLog(plan.bootstrap_servers, plan.topic, plan.view),
         checkpoints=CheckpointStore(checkpoint_uri(home)),
         drifts=DriftLog(plan.bootstrap_servers, plan.view) if plan.models else None,

@@ -1,7 +1,7 @@
 """What a worker holds of a partition, and what it needs around it."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -32,6 +32,44 @@ class Online(Protocol):
 
     def write(self, emissions: list[Emission]) -> int: ...  # noqa: D102
     def sync(self) -> None: ...  # noqa: D102
+
+
+class Offline(Protocol):
+    """What a worker needs of an offline log (`offline.OfflineLog`); `write` and `compact` come from another thread."""
+
+    def write(  # noqa: D102
+        self, partition: int, first: int, next_offset: int, clock_us: int, rows: Sequence[tuple[Emission, int]]
+    ) -> None: ...
+    def truncate(self, partition: int, offset: int, clock_us: int) -> int: ...  # noqa: D102
+    def compact(self, partition: int, offset: int, clock_us: int) -> int: ...  # noqa: D102
+
+
+class NoOnline:
+    """An `Online` that lets the online store be as it is."""
+
+    def write(self, emissions: list[Emission]) -> int:
+        """Write none of them."""
+        return 0
+
+    def sync(self) -> None:
+        """There is nothing to make durable."""
+
+
+class NoOffline:
+    """An `Offline` that lets the log be as it is."""
+
+    def write(
+        self, partition: int, first: int, next_offset: int, clock_us: int, rows: Sequence[tuple[Emission, int]]
+    ) -> None:
+        """Write none of them."""
+
+    def truncate(self, partition: int, offset: int, clock_us: int) -> int:
+        """Remove nothing."""
+        return 0
+
+    def compact(self, partition: int, offset: int, clock_us: int) -> int:
+        """Merge nothing."""
+        return 0
 
 
 class Rejects(Protocol):

@@ -14,7 +14,7 @@ from concurrent.futures import wait as wait_for
 from typing import NamedTuple, Protocol
 
 from streaming.checkpoint import CheckpointStore, StaleEpochError
-from streaming.offline import OfflineLog
+from streaming.holding import Offline
 from streaming.records import Emission
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Saver:
         stream: str,
         *,
         online: Syncing,
-        offline: OfflineLog,
+        offline: Offline,
         checkpoints: CheckpointStore,
         executor: Executor,
         monotonic_s: Callable[[], float] = time.monotonic,

@@ -20,11 +20,10 @@ from streaming import loop
 from streaming.cadence import Cadence
 from streaming.checkpoint import CheckpointStore
 from streaming.deriving.derivation import Derivation
-from streaming.holding import Drifts, Held, Online, Rejects, Source
+from streaming.holding import Drifts, Held, Offline, Online, Rejects, Source
 from streaming.keyed import KeyCheck
 from streaming.loop import BACKOFF_S, FINISH_S
 from streaming.metrics import Measures
-from streaming.offline import OfflineLog
 from streaming.partition import Partition
 from streaming.plan import Plan
 from streaming.poison import SpoiledError, feed, poisonous, without
@@ -71,7 +70,7 @@ class Worker:
         *,
         source: Source,
         online: Online,
-        offline: OfflineLog,
+        offline: Offline,
         rejects: Rejects,
         checkpoints: CheckpointStore,
         drifts: Drifts | None = None,
