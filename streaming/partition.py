@@ -242,7 +242,7 @@ class Partition:
 
     def snapshot(self) -> bytes:
         """The whole state as bytes; equal histories give equal bytes. Entities without any state left are forgotten."""
-        self._forget()
+        self.forget()
         known = np.arange(len(self._keys))
         arrays: list[Any] = [*self._keys.state(), *self._own(known)]
         for index in self._texts.values():
@@ -285,15 +285,16 @@ class Partition:
         if self._clocks is not None:
             ids = self._identify(columns, seen & wanted)
             marks = self._clocks.marks(ids, times) - self.plan.delay_us
-            late = seen & wanted & self._closed(times, marks)
+            late = seen & wanted & self.closed(times, marks)
             return np.where(late, -1, ids), clocks, marks, late
         marks = clocks - self.plan.delay_us
         late = seen & wanted & (times < marks)
         if late.any():
-            late &= self._closed(times, marks)
+            late &= self.closed(times, marks)
         return self._identify(columns, seen & wanted & ~late), clocks, marks, late
 
-    def _closed(self, times: Ints, marks: Ints) -> Bools:
+    def closed(self, times: Ints, marks: Ints) -> Bools:
+        """Which events [N] are too late for every window at the watermark [N] of each."""
         closed = np.ones(len(times), dtype=np.bool_)
         for frame in self._frames:
             closed &= frame.closed(times, marks)
@@ -346,8 +347,11 @@ class Partition:
             for row in np.flatnonzero(rows).tolist()
         ]
 
-    def _forget(self) -> None:
-        """Renumbers the entities that still matter, once more than half of many do not, and no number waits."""
+    def forget(self) -> None:
+        """Renumbers the entities that still matter, once more than half of many do not, and no number waits.
+
+        What is saved next must be a snapshot.
+        """
         known = len(self._keys)
         if known < _FEW_KEYS or self._marked:
             return
