@@ -36,7 +36,16 @@ a job end soon after Ray's head has died, which on one machine never comes back.
 
 
 class JobError(Exception):
-    """A job that can't be done as asked, in one sentence."""
+    """A job that can't be done as asked, in one sentence.
+
+    Args:
+        message: The sentence.
+        result: Of a job that was done and found what must not be: it is still printed.
+    """
+
+    def __init__(self, message: str, result: Mapping[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def parser(description: str, config: str | None = None) -> argparse.ArgumentParser:
@@ -123,8 +132,8 @@ def start_ray(num_cpus: int, folder: str | None = None) -> None:
 def run(main: Callable[[], Mapping[str, object]]) -> NoReturn:
     """Run a job: its result as one JSON line, or its user's error as one line on standard error and exit code 2.
 
-    A user's error is a JobError, or a ValueError that our own code raised; anything else keeps its traceback. A job
-    that is interrupted ends with one line and exit code 130.
+    A user's error is a JobError, or a ValueError that our own code raised; anything else keeps its traceback. The
+    result that a JobError holds is printed too. A job that is interrupted ends with one line and exit code 130.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     logging.getLogger("kafka").setLevel(logging.WARNING)  # a dozen lines a connection otherwise
@@ -133,6 +142,8 @@ def run(main: Callable[[], Mapping[str, object]]) -> NoReturn:
     except (JobError, ValueError) as error:
         if not (isinstance(error, JobError) or _is_ours(error)):
             raise
+        if isinstance(error, JobError) and error.result is not None:
+            print(json.dumps(error.result, default=str), flush=True)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt as interruption:

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from ops.environment import Environment
-from ops.jobs import add_repo, open_repo, parser, run
+from ops.jobs import JobError, add_repo, open_repo, parser, run
 from streaming import events, history, skew
 from streaming.checkpoint import filesystem
 from streaming.plan import Plan
-from streaming.views import plans
+from streaming.views import LogPlace, log_place, plans
 
 
 def arguments() -> argparse.Namespace:
@@ -29,17 +29,22 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> dict[str, object]:
-    """Compare; the table by feature goes to standard error, and no mismatch is how it should be."""
+    """Compare; the table by feature goes to standard error. A mismatch, or that nothing was checked, is an error."""
     args = arguments()
     environment = Environment.read()
     environment.export()
     store = open_repo(args.repo)
-    result: dict[str, object] = {}
+    views: dict[str, object] = {}
+    failures, checked = [], 0
     for plan in plans(store, [args.view] if args.view else None, environment.kafka_bootstrap_servers):
-        log = store.get_stream_feature_view(plan.view).batch_source
-        verdict, predictions, unreadable = _check(plan, log, args.recompute)
+        place = None if args.recompute else log_place(store, plan.view, environment.home)
+        verdict, predictions, unreadable = _check(plan, place)
         print("\n".join([f"view {plan.view}", *verdict.table(), *verdict.examples]), file=sys.stderr)
-        result[plan.view] = {
+        checked += verdict.checked
+        known = f"the offline log {place.folder}" if place else f"the topic '{plan.topic}'"
+        if failure := verdict.failure(predictions, known):
+            failures.append(f"view '{plan.view}': {failure}")
+        views[plan.view] = {
             "predictions": predictions,
             "unreadable": unreadable,
             "matched": verdict.matched.total(),
@@ -47,23 +52,29 @@ def main() -> dict[str, object]:
             "defaulted": verdict.defaulted.total(),
             "unknown": verdict.unknown.total(),
         }
-    return {"views": result, "recomputed": args.recompute}
+    result = {"views": views, "recomputed": args.recompute}
+    if failures:
+        raise JobError(f"In {'; in '.join(failures)}: see the table above.", result)
+    if not checked:
+        topic, names = events.PREDICTIONS.name, ", ".join(views) or "any view: the repository has none"
+        raise JobError(f"Nothing was checked: no prediction on topic '{topic}' read features of {names}.", result)
+    return result
 
 
-def _check(plan: Plan, log: Any, recompute: bool) -> tuple[skew.Verdict, int, int]:
-    """What was found, over how many predictions, and how many could not be read."""
+def _check(plan: Plan, place: LogPlace | None) -> tuple[skew.Verdict, int, int]:
+    """What was found in a log (None: in the raw topic), over how many predictions, and how many could not be read."""
     verdict, names = skew.Verdict(), [aggregate.name for aggregate in plan.aggregates]
     integer_key = plan.entity_type == "int64"
     predictions, unreadable = _predictions(plan)
     found = (skew.read(event, plan.view, names, integer_key, verdict) for event in predictions)
     served = [each for each in found if each is not None]
     wanted = {(each.entity, each.time_us // skew.SECOND_US) for each in served}
-    if recompute:
+    if place is None:
         batches = history.records(plan.bootstrap_servers, plan.topic, f"millrace-skew-{plan.view}")
         known = skew.recomputed(plan, batches, wanted, time.time_ns() // 1_000)
     else:
-        rows = _log(log.path, plan, log.timestamp_field, {entity for entity, _ in wanted})
-        known = skew.logged(rows, plan.entity, log.timestamp_field, names) if rows is not None else {}
+        rows = _log(place, plan, {entity for entity, _ in wanted})
+        known = skew.logged(rows, plan.entity, place.event_timestamp, names) if rows is not None else {}
     skew.judge(served, known, names, verdict)
     return verdict, len(served), unreadable
 
@@ -84,12 +95,12 @@ def _predictions(plan: Plan) -> tuple[list[dict[str, Any]], int]:
     return found, unreadable
 
 
-def _log(path: str, plan: Plan, timestamp: str, entities: set[str | int]) -> pa.Table | None:
-    """The rows of some entities of an offline log, a folder or a glob over one; None where there are none."""
-    filesystem_, folder = filesystem(path.rpartition("/")[0] if path.endswith(".parquet") else path)
+def _log(place: LogPlace, plan: Plan, entities: set[str | int]) -> pa.Table | None:
+    """The rows of some entities of an offline log; None where there are none."""
+    filesystem_, folder = filesystem(place.folder)
     kind = pa.int64() if plan.entity_type == "int64" else pa.string()
     keys = pa.array(sorted(entities, key=str), kind)
-    columns = [plan.entity, timestamp, *(aggregate.name for aggregate in plan.aggregates)]
+    columns = [plan.entity, place.event_timestamp, *(aggregate.name for aggregate in plan.aggregates)]
     parts = []
     for info in filesystem_.get_file_info(pafs.FileSelector(folder, allow_not_found=True)):
         if info.base_name.endswith(".parquet"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from feast import FeatureStore, FileSource, RepoConfig
+from feast import FeatureStore, RepoConfig
 from feast.data_source import PushMode
 
 from streaming.changelog import ChangelogSink, Published
@@ -27,6 +27,7 @@ from streaming.offline import OfflineLog
 from streaming.plan import Plan
 from streaming.rejects import RejectLog
 from streaming.sinks import OnlineSink
+from streaming.views import log_place
 from streaming.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -206,24 +207,9 @@ def join_group(worker: Worker | Deriver) -> GroupMember:
 
 
 def open_offline_log(store: FeatureStore, plan: Plan, home: Path) -> OfflineLog:
-    """The folder of the view's batch source, which must be a glob of Parquet files; else one of ours, warned."""
-    source = store.get_stream_feature_view(plan.view).batch_source
-    path = source.path if isinstance(source, FileSource) else ""
-    folder, _, pattern = str(FileSource.get_uri_for_file_path(store.repo_path, path)).rpartition("/")
-    if source is None or pattern != "*.parquet":
-        folder = str(home / "features" / "offline" / plan.view)
-        log.warning(
-            "the batch source is no glob of Parquet files (folder/*.parquet): the offline rows go elsewhere",
-            extra={"view": plan.view, "batch_source": path, "folder": folder},
-        )
-        return OfflineLog(folder, plan.topic, plan.entity)
-    return OfflineLog(
-        folder,
-        plan.topic,
-        plan.entity,
-        source.timestamp_field or "event_timestamp",
-        source.created_timestamp_column or "created_timestamp",
-    )
+    """The log of a view, where its declaration says."""
+    place = log_place(store, plan.view, home)
+    return OfflineLog(place.folder, plan.topic, plan.entity, place.event_timestamp, place.created_timestamp)
 
 
 def checkpoint_uri(home: Path) -> str:

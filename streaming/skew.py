@@ -63,6 +63,24 @@ class Verdict:
     unknown: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
+    @property
+    def checked(self) -> int:
+        """How many values were compared."""
+        return self.matched.total() + self.mismatched.total()
+
+    def failure(self, predictions: int, history: str) -> str:
+        """What must not be, in a clause; empty where all is well or where no prediction used the view.
+
+        Args:
+            predictions: How many used the view.
+            history: With what their values were compared, in words.
+        """
+        if self.mismatched:
+            return f"{self.mismatched.total():,} of {self.checked:,} served values differ from {history}"
+        if predictions and not self.checked:
+            return f"none of the {predictions:,} predictions could be checked, since {history} has none of their rows"
+        return ""
+
     def table(self) -> list[str]:
         """A line a feature, under a heading."""
         names = sorted({*self.matched, *self.mismatched, *self.defaulted, *self.unknown})

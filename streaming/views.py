@@ -5,11 +5,13 @@ Feast takes seconds to import, so it is imported where a view is compiled and no
 
 import difflib
 import inspect
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 from streaming.ddl import INTEGERS, read_schema
 from streaming.deriving.derivation import TAG, Derivation
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from feast import FeatureStore
     from feast.stream_feature_view import StreamFeatureView
 
+log = logging.getLogger(__name__)
+
 _ALIASES = {"avg": "mean", "stddev": "std", "variance": "var", "nunique": "count_distinct"}
 _DURATION = re.compile(r"(\d+) ?(us|ms|s|m|h|d)")
 _UNITS_US = {"us": 1, "ms": 1000, "s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000, "d": 86_400_000_000}
@@ -41,6 +45,14 @@ _MAX_SESSIONS = 1_000
 _FEAST_HOP_SIZE = timedelta(minutes=5)
 _ENTITY_TYPES: dict[str, EntityType] = {"STRING": "string", "INT64": "int64", "INT32": "int64"}
 _NUMBERS = INTEGERS | {"float", "double", "boolean"}
+
+
+class LogPlace(NamedTuple):
+    """Where the offline log of a view is: folder or URI of its Parquet parts, and the columns of the two times."""
+
+    folder: str
+    event_timestamp: str
+    created_timestamp: str
 
 
 def plans(
@@ -96,6 +108,28 @@ def derivations(store: "FeatureStore", views: Sequence[str], bootstrap_servers: 
         if name in views:
             raise PlanError(f"A view and a derived topic are both called '{name}': rename one.")
     return [each.at(bootstrap_servers or each.bootstrap_servers) for each in found.values()]
+
+
+def log_place(store: "FeatureStore", view: str, home: Path) -> LogPlace:
+    """The folder of a view's batch source, which must be a glob of Parquet files; else one under `home`, warned.
+
+    A relative path is one in the Feast repository.
+    """
+    from feast import FileSource
+
+    source = store.get_stream_feature_view(view).batch_source
+    path = source.path if isinstance(source, FileSource) else ""
+    folder, _, pattern = str(FileSource.get_uri_for_file_path(store.repo_path, path)).rpartition("/")
+    if source is None or pattern != "*.parquet":
+        folder = str(home / "features" / "offline" / view)
+        log.warning(
+            "the batch source is no glob of Parquet files (folder/*.parquet): the offline rows are elsewhere",
+            extra={"view": view, "batch_source": path, "folder": folder},
+        )
+        return LogPlace(folder, "event_timestamp", "created_timestamp")
+    return LogPlace(
+        folder, source.timestamp_field or "event_timestamp", source.created_timestamp_column or "created_timestamp"
+    )
 
 
 def _add(derivation: Derivation, found: dict[str, Derivation]) -> None:

@@ -29,6 +29,13 @@ def test_a_users_error_is_one_line_and_exit_code_2(capfd, error):
     assert (code, out, err) == (2, "", "error: no folder\n")
 
 
+def test_the_result_of_a_failed_check_is_printed_too(capfd):
+    def main():
+        raise jobs.JobError("2 differ", {"differ": 2})
+
+    assert finish(capfd, main) == (2, '{"differ": 2}\n', "error: 2 differ\n")
+
+
 def test_a_librarys_error_keeps_its_traceback():
     with pytest.raises(ValueError, match="Expecting value"):
         jobs.run(lambda: json.loads("nonsense"))

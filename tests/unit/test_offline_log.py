@@ -1,15 +1,22 @@
 """The offline log: named by offsets, replaced when written again, cut back to the checkpoint, merged without a loss."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
+from feast import FileSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming import offline
 from streaming.offline import OfflineLog
 from streaming.records import Emission
+from streaming.views import log_place
+
+UNDER_HOME = ("/home/features/offline/view", "event_timestamp", "created_timestamp")
 
 
 def emission(entities: list[str], at_us: int, counts: list[int]) -> Emission:
@@ -210,3 +217,19 @@ def test_a_view_that_gains_a_feature_gives_old_parts_its_column(tmp_path, caplog
     text = OfflineLog(str(tmp_path), "edits", "user")
     assert text.align(0, pa.schema([("user", pa.string()), ("edits", pa.list_(pa.int64()))])) == 0
     assert "does not fit the view" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [
+        (FileSource(path="data/a/*.parquet", timestamp_field="at"), ("/repo/data/a", "at", "created_timestamp")),
+        (FileSource(path="/a/*.parquet", timestamp_field="at", created_timestamp_column="made"), ("/a", "at", "made")),
+        (FileSource(path="s3://logs/a/*.parquet"), ("s3://logs/a", "event_timestamp", "created_timestamp")),
+        (FileSource(path="data/a.parquet", timestamp_field="at"), UNDER_HOME),
+        (None, UNDER_HOME),
+    ],
+)
+def test_the_log_is_where_the_view_says_or_under_home(source, place):
+    # Stands for a Feast store: Feast makes no view without a batch source, but a registry can hold one.
+    store = SimpleNamespace(repo_path="/repo", get_stream_feature_view=lambda _: SimpleNamespace(batch_source=source))
+    assert log_place(store, "view", Path("/home")) == place

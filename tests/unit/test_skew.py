@@ -1,6 +1,7 @@
 """Served features against what a worker logged and what the kernel computes again, whatever the worker's batches."""
 
 import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,16 @@ def test_served_values_must_be_those_of_one_row():
     assert verdict({"count_x": 2.0}, "2024-05-01T00:00:07.000500+00:00").matched == {"count_x": 1}
     assert verdict({"count_x": 1.0}, "2024-05-01T00:00:09+00:00").unknown == {"count_x": 1}
     assert verdict({"sum_x": -0.1}).table()[1].split() == ["sum_x", "0", "1", "0", "0"]
+
+
+def test_a_view_of_which_nothing_was_checked_fails():
+    assert Verdict().failure(0, "the log") == ""
+    assert Verdict(Counter(x=3), unknown=Counter(x=1), defaulted=Counter(x=1)).failure(4, "the log") == ""
+    assert Verdict(unknown=Counter(x=1)).failure(0, "the log") == ""  # given by the request
+    nothing = Verdict(unknown=Counter(x=2, y=2)).failure(2, "the log")
+    assert nothing == "none of the 2 predictions could be checked, since the log has none of their rows"
+    wrong = Verdict(Counter(x=3), Counter(x=1), unknown=Counter(x=1)).failure(5, "the log")
+    assert wrong == "1 of 4 served values differ from the log"
 
 
 def test_defaults_and_features_of_the_request_are_counted_apart():
