@@ -31,7 +31,7 @@ from ops.broker import Broker
 from ops.environment import Environment
 from ops.ports import free_ports
 from streaming import history
-from streaming.actor import Settings, open_worker
+from streaming.actor import Settings, checkpoint_uri, open_worker
 from streaming.events import EDITS, MEASUREMENTS, Topic
 from streaming.plan import Aggregate, Plan
 from streaming.topics import ensure_topics
@@ -98,7 +98,7 @@ def run(
         (plan,) = plans(store)
         rejects = {f"{plan.topic}.{kind}": 1 for kind in ("dead", "late")}
         partitions = ensure_topics(servers, {plan.topic: replay.topic.partitions, **rejects})[plan.topic]
-        settings = Settings(str(folder), flush_s=0.05, until_caught_up=True)
+        settings = Settings(str(folder), checkpoint_uri(folder), flush_s=0.05, until_caught_up=True)
         epochs = dict.fromkeys(range(partitions), 1)
         worker = open_worker(store, plan, partitions > 1, settings)
         started_s = time.perf_counter()

@@ -37,8 +37,20 @@ def arguments() -> argparse.Namespace:
     options.add_argument(
         "--max-state-mb",
         type=int,
-        default=psutil.virtual_memory().total // 2 >> 20,
-        help="memory that the state of a partition may take; more ends the stream (default: half of all)",
+        help="memory that the states of one worker may take together; more ends the stream (default: half of this"
+        " machine's, shared among the workers)",
+    )
+    options.add_argument(
+        "--checkpoints",
+        metavar="URI",
+        help="folder of the checkpoints: an absolute path or file://, s3://, gs:// (default: one under MILLRACE_HOME)",
+    )
+    options.add_argument(
+        "--reset",
+        action="append",
+        default=[],
+        metavar="VIEW",
+        help="set the checkpoints of a view or derived topic aside and start it from the earliest offset; repeatable",
     )
     options.add_argument("--until-caught-up", action="store_true", help="end when nothing is left to read")
     return options.parse_args()
@@ -56,6 +68,7 @@ def main() -> dict[str, object]:
         return {"workers": args.scale}
     if args.flush_ms < 0:
         raise JobError(f"--flush-ms must not be below 0: it is {args.flush_ms:g}.")
+    max_state_mb = args.max_state_mb or (psutil.virtual_memory().total >> 21) // max(1, args.workers)
     store = open_repo(args.repo)
     log_to_stderr()
     logging.getLogger("streaming").info("starting", extra={"repo": str(store.repo_path), "home": str(environment.home)})
@@ -66,10 +79,12 @@ def main() -> dict[str, object]:
         store,
         [*derivations(store, [plan.view for plan in compiled], servers), *compiled],
         home=environment.home,
+        checkpoints=args.checkpoints,
+        reset=args.reset,
         workers=args.workers,
         until_caught_up=args.until_caught_up,
         flush_s=args.flush_ms / 1000,
-        max_state_bytes=args.max_state_mb << 20,
+        max_state_bytes=max_state_mb << 20,
         by_group=args.assignment == "group",
     )
     with ray_session():

@@ -10,6 +10,7 @@ import ray
 from feast import FeatureStore, RepoConfig
 from feast.data_source import PushMode
 
+from streaming.allowance import Allowance
 from streaming.changelog import ChangelogSink, Published
 from streaming.checkpoint import CheckpointStore
 from streaming.consumer import Consumer
@@ -37,14 +38,16 @@ class Settings(NamedTuple):
     """What all actors of a stream have in common.
 
     Attributes:
-        home: Folder under which checkpoints are kept.
+        home: Folder for what has no other place.
+        checkpoints: Path or URI of the folder where checkpoints are kept; all workers reach it.
         flush_s: Pause between writes to the online store.
         until_caught_up: End when nothing is left to read.
         by_group: Partitions come from a Kafka consumer group.
-        max_state_bytes: Memory that the state of a partition may take.
+        max_state_bytes: Memory that the states of an actor may take together.
     """
 
     home: str
+    checkpoints: str
     flush_s: float
     until_caught_up: bool = False
     by_group: bool = False
@@ -94,12 +97,14 @@ class StreamActor:
         metrics = StreamMetrics(self.status, lambda: {view: one.measures for view, one in self._workers.items()})
         self._metrics, stop_metrics = serve(metrics, str(ray.util.get_node_ip_address()))  # type: ignore[no-untyped-call]
         members: list[GroupMember] = []
+        limit_bytes = self._settings.max_state_bytes
+        allowance = None if limit_bytes is None else Allowance(limit_bytes)
         for assignment in self._assignments:
             worker: Worker | Deriver
             if isinstance(assignment.plan, Derivation):
-                worker = open_deriver(store, assignment.plan, assignment.keyed, self._settings)
+                worker = open_deriver(store, assignment.plan, assignment.keyed, self._settings, allowance)
             else:
-                worker = open_worker(store, assignment.plan, assignment.keyed, self._settings)
+                worker = open_worker(store, assignment.plan, assignment.keyed, self._settings, allowance)
             with self._lock:
                 self._workers[assignment.plan.view] = worker
                 partitions = self._wanted.get(assignment.plan.view, {})
@@ -154,40 +159,42 @@ def open_worker(
     plan: Plan,
     keyed: bool,
     settings: Settings,
+    allowance: Allowance | None = None,
     to: PushMode = PushMode.ONLINE_AND_OFFLINE,
 ) -> Worker:
     """A worker with its consumer and the sinks of `to`, not started."""
-    home = Path(settings.home)
     return Worker(
         plan,
         source=Consumer(plan.bootstrap_servers, plan.topic, group=f"millrace-{plan.view}"),
         online=NoOnline() if to == PushMode.OFFLINE else _online(store, plan),
-        offline=NoOffline() if to == PushMode.ONLINE else open_offline_log(store, plan, home),
+        offline=NoOffline() if to == PushMode.ONLINE else open_offline_log(store, plan, Path(settings.home)),
         rejects=RejectLog(plan.bootstrap_servers, plan.topic, plan.view),
-        checkpoints=CheckpointStore(checkpoint_uri(home)),
+        checkpoints=CheckpointStore(settings.checkpoints),
         drifts=DriftLog(plan.bootstrap_servers, plan.view) if plan.models else None,
         ticking=not settings.until_caught_up,
         keyed=keyed,
         shared=settings.by_group,
         flush_s=settings.flush_s,
-        max_state_bytes=settings.max_state_bytes,
+        allowance=allowance,
     )
 
 
-def open_deriver(store: FeatureStore, derivation: Derivation, keyed: bool, settings: Settings) -> Deriver:
+def open_deriver(
+    store: FeatureStore, derivation: Derivation, keyed: bool, settings: Settings, allowance: Allowance | None = None
+) -> Deriver:
     """A deriver with its consumers and reject logs, not started."""
     inputs = derivation.inputs
     return Deriver(
         derivation,
         sources=[Consumer(each.bootstrap_servers, each.topic, group(derivation)) for each in inputs],
         rejects=[RejectLog(each.bootstrap_servers, each.topic, derivation.name) for each in inputs],
-        checkpoints=CheckpointStore(checkpoint_uri(Path(settings.home)), DELTAS),
+        checkpoints=CheckpointStore(settings.checkpoints, DELTAS),
         operator=open_operator(derivation, store),
         output=lambda partition: Transactions(derivation, partition),
         ticking=not settings.until_caught_up,
         keyed=keyed,
         shared=settings.by_group,
-        max_state_bytes=settings.max_state_bytes,
+        allowance=allowance,
     )
 
 
@@ -213,5 +220,5 @@ def open_offline_log(store: FeatureStore, plan: Plan, home: Path) -> OfflineLog:
 
 
 def checkpoint_uri(home: Path) -> str:
-    """Where checkpoints are kept."""
+    """Where checkpoints are kept unless somebody says otherwise."""
     return str(home / "stream" / "checkpoints")

@@ -1,8 +1,9 @@
 """State and offset of a partition in atomic files, with fencing: the heart of effectively-once.
 
-Layout under the store's URI: `<stream>/<partition>/owner.json` says who may write (epoch and a token), and
-`<stream>/<partition>/<epoch>-<sequence>.checkpoint` are the checkpoints, newest last by name. A zombie that was
-fenced cannot win even if it writes: its epoch is older, so its files sort before those of the new owner.
+Layout under the store's URI: `<stream>/<partition>/owner.json` says who may write (epoch and a token) and what is
+computed, and `<stream>/<partition>/<epoch>-<sequence>.checkpoint` are the checkpoints, newest last by name. A zombie
+that was fenced cannot win even if it writes: its epoch is older, so its files sort before those of the new owner.
+`<stream>/<partition>/reset-<epoch>/` holds what a reset has set aside; whoever moves the files back goes on with them.
 
 A checkpoint holds the whole state, or what changed since the checkpoint that its header names; such a chain ends at a
 whole one, and what is loaded is the newest checkpoint of which every link is whole. A new chain begins when the changes
@@ -14,7 +15,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -29,6 +30,11 @@ DELTAS = 20
 DELTAS_SHARE = 0.5
 LARGE_BYTES = 1 << 20
 DIGEST_BYTES = 32
+SCHEMES = ("file", "s3", "gs")
+
+
+class CheckpointError(ValueError):
+    """Checkpoints that cannot be read, or a place where none can be, in one sentence."""
 
 
 class StaleEpochError(ValueError):
@@ -83,8 +89,26 @@ class CheckpointStore:
         """The newest epoch that was claimed, 0 when nobody did."""
         return self._owner(stream, partition)[0]
 
-    def claim(self, stream: str, partition: int, epoch: int) -> None:
+    def partitions(self, stream: str) -> list[int]:
+        """Those that somebody has claimed."""
+        selector = pafs.FileSelector(f"{self._root}/{stream}", allow_not_found=True)
+        return sorted(int(info.base_name) for info in self._fs.get_file_info(selector) if info.base_name.isdigit())
+
+    def declared(self, stream: str, partition: int) -> dict[str, Any] | None:
+        """What the checkpoints hold, as their owner has declared it; None where there are none, or nobody has."""
+        if not any(self._files(stream, partition)):
+            return None
+        plan: dict[str, Any] | None = self._owner_file(stream, partition).get("plan")
+        return plan
+
+    def claim(self, stream: str, partition: int, epoch: int, plan: Mapping[str, Any] | None = None) -> None:
         """Become the owner, so that owners with an older epoch cannot save any more.
+
+        Args:
+            stream: Name of what is computed.
+            partition: Its number in Kafka.
+            epoch: Newer than all before.
+            plan: What is computed, as JSON has it; what checkpoints of another plan become is the caller's to decide.
 
         Raises:
             StaleEpochError: the partition already belongs to a newer epoch, or to somebody else with the same one.
@@ -94,7 +118,7 @@ class CheckpointStore:
             raise StaleEpochError(f"Partition {partition} of {stream} belongs to epoch {owner}: {epoch} came too late.")
         folder = self._folder(stream, partition)
         self._fs.create_dir(folder, recursive=True)
-        write_atomic(self._fs, f"{folder}/owner.json", json.dumps({"epoch": epoch, "token": self._token}).encode())
+        self._own(stream, partition, epoch, plan)
         self._chains.pop((stream, partition), None)
         for info in self._fs.get_file_info(pafs.FileSelector(folder)):
             if info.path.endswith(".tmp"):  # of an owner that was killed while it wrote
@@ -171,10 +195,14 @@ class CheckpointStore:
             stream: Name of what is computed.
             partition: Its number in Kafka.
             offset: Only one that was saved with this offset will do.
+
+        Raises:
+            CheckpointError: there are some, but none of them is whole, or one was written in another format.
         """
         self._chains.pop((stream, partition), None)
         folder = self._folder(stream, partition)
         read: dict[str, tuple[dict[str, Any], bytes] | None] = {}
+        whole = False
         for path in self._files(stream, partition):
             states: list[bytes] = []
             newest: dict[str, Any] | None = None
@@ -189,12 +217,40 @@ class CheckpointStore:
                 newest = newest or header
                 states.insert(0, state)
                 link = f"{folder}/{header['builds_on']}" if header.get("builds_on") else None
+            whole = whole or link is None
             if link is None and newest is not None and offset in (None, newest["offset"]):
                 return Checkpoint(newest["offset"], newest["clock_us"], states[0], tuple(states[1:]))
+        if read and not whole:
+            raise CheckpointError(
+                f"None of the checkpoints in {folder} is whole: bring one back, or begin anew with --reset {stream},"
+                " which keeps them aside."
+            )
         return None
 
+    def reset(self, stream: str) -> list[str]:
+        """Set all checkpoints aside and fence their owners; the folders where they are now, none where none were."""
+        folders = []
+        for partition in self.partitions(stream):
+            owner = self._owner_file(stream, partition)
+            paths = list(self._files(stream, partition))
+            epoch = owner.get("epoch", 0) + 1
+            self._own(stream, partition, epoch, owner.get("plan"))
+            if not paths:
+                continue
+            folder = f"{self._folder(stream, partition)}/reset-{epoch:010d}"
+            self._fs.create_dir(folder, recursive=True)
+            write_atomic(self._fs, f"{folder}/owner.json", json.dumps(owner).encode())
+            for path in paths:
+                self._fs.move(path, f"{folder}/{path.rpartition('/')[2]}")
+            folders.append(folder)
+        return folders
+
     def _read(self, path: str) -> tuple[dict[str, Any], bytes] | None:
-        """Header and state of one file; None where it is torn or gone."""
+        """Header and state of one file; None where it is torn or gone.
+
+        Raises:
+            CheckpointError: it is whole and of another format.
+        """
         try:
             with self._fs.open_input_file(path) as file:
                 data = file.read()
@@ -205,8 +261,18 @@ class CheckpointStore:
         if hashlib.sha256(body).digest() != data[:DIGEST_BYTES]:
             log.error("checkpoint is torn, using the one before", extra={"path": path})
             return None
-        end = data.index(b"\n", DIGEST_BYTES)
-        return json.loads(data[DIGEST_BYTES:end]), data[end + 1 :]
+        end = data.find(b"\n", DIGEST_BYTES)
+        try:
+            header = json.loads(data[DIGEST_BYTES:end])
+        except ValueError:
+            header = {}
+        if header.get("format") != FORMAT:
+            raise CheckpointError(
+                f"The checkpoint {path} is of format {header.get('format', 'unknown')}, and this version of Millrace"
+                f" reads {FORMAT}: go on with the version that wrote it, or begin anew with --reset and the name of"
+                " its view, which keeps it aside."
+            )
+        return header, data[end + 1 :]
 
     def _remove_unneeded(self, stream: str, partition: int) -> None:
         paths = list(self._files(stream, partition))
@@ -228,13 +294,22 @@ class CheckpointStore:
             self._links[path] = f"{path.rpartition('/')[0]}/{name}" if name else None
         return self._links[path]
 
+    def _own(self, stream: str, partition: int, epoch: int, plan: Mapping[str, Any] | None) -> None:
+        owner = {"epoch": epoch, "token": self._token, "plan": plan}
+        write_atomic(self._fs, f"{self._folder(stream, partition)}/owner.json", json.dumps(owner).encode())
+
     def _owner(self, stream: str, partition: int) -> tuple[int, str]:
+        owner = self._owner_file(stream, partition)
+        return owner.get("epoch", 0), owner.get("token", "")
+
+    def _owner_file(self, stream: str, partition: int) -> dict[str, Any]:
+        """What `claim` has written; empty where nobody has claimed."""
         path = f"{self._folder(stream, partition)}/owner.json"
         if self._fs.get_file_info(path).type == pafs.FileType.NotFound:
-            return 0, ""
+            return {}
         with self._fs.open_input_file(path) as file:
-            owner = json.loads(file.read())
-        return owner["epoch"], owner["token"]
+            owner: dict[str, Any] = json.loads(file.read())
+        return owner
 
     def _files(self, stream: str, partition: int) -> Iterator[str]:
         """The paths of the checkpoints, newest first."""
@@ -252,6 +327,32 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         filesystem, path = pafs.FileSystem.from_uri(uri)
         return filesystem, path.rstrip("/")
     return pafs.LocalFileSystem(), os.path.abspath(uri)
+
+
+def check_uri(uri: str) -> str:
+    """A place for checkpoints, with `~` of a path filled in, after a file was written there and removed.
+
+    Args:
+        uri: an absolute path, or a URI of a scheme that writes a whole file or nothing (file, s3, gs).
+
+    Raises:
+        CheckpointError: no checkpoint could be written there.
+    """
+    scheme, separator, _ = uri.partition("://")
+    path = os.path.expanduser(uri)
+    if not (scheme in SCHEMES if separator else os.path.isabs(path)):
+        raise CheckpointError(
+            f"Checkpoints cannot be kept at '{uri}': give an absolute path, or a URI of {', '.join(SCHEMES)}."
+        )
+    try:
+        place, root = filesystem(path)
+        place.create_dir(root, recursive=True)
+        probe = f"{root}/{uuid.uuid4().hex}.tmp"
+        write_atomic(place, probe, b"")
+        place.delete_file(probe)
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"Checkpoints cannot be kept at '{uri}': {error}") from error
+    return path
 
 
 def write_atomic(filesystem: pafs.FileSystem, path: str, *parts: bytes | memoryview) -> None:

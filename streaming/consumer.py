@@ -75,7 +75,7 @@ class Consumer:
         if start > end:
             raise OffsetError(
                 f"Topic {self.topic!r} partition {partition} ends at offset {end} but its checkpoint stands at {start}:"
-                " the topic was deleted and made again; remove the checkpoints of its views to start anew."
+                " the topic was deleted and made again; start its views anew with --reset."
             )
         if start < earliest:
             self.lost[partition] = self.lost.get(partition, 0) + earliest - start

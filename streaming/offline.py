@@ -95,7 +95,7 @@ class OfflineLog:
         clock = "" if next_offset > first else f"-{clock_us}"
         self._put(f"{self._topic}-{partition:05d}-{first}-{next_offset}{clock}.parquet", table, "lz4")
 
-    def truncate(self, partition: int, offset: int, clock_us: int) -> int:
+    def truncate(self, partition: int, offset: int, clock_us: int, aside: str = "") -> int:
         """Remove the parts of a partition that go beyond a checkpoint, and what a crash left; returns how many parts.
 
         A merged part that begins before the checkpoint and ends behind it (the checkpoint was lost and the topic no
@@ -105,6 +105,7 @@ class OfflineLog:
             partition: the Kafka partition.
             offset: next offset of the checkpoint (of the first record to be read, when there is none).
             clock_us: clock of the checkpoint, for the parts that cover no record.
+            aside: folder in the log's, which a glob does not read, to which they are moved instead.
         """
         for info in self._files():
             temporary = TEMPORARY.fullmatch(info.base_name)
@@ -120,7 +121,11 @@ class OfflineLog:
                 log.warning("merged part goes beyond the checkpoint", extra={"path": part.path, "offset": offset})
                 self._fs.move(part.path, f"{self._folder}/kept-{part.name}")
                 continue
-            self._fs.delete_file(part.path)
+            if aside:
+                self._fs.create_dir(f"{self._folder}/{aside}", recursive=True)
+                self._fs.move(part.path, f"{self._folder}/{aside}/{part.name}")
+            else:
+                self._fs.delete_file(part.path)
             removed += 1
         return removed
 

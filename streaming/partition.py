@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from streaming import features
+from streaming.allowance import Allowance
 from streaming.cells import grown
 from streaming.compile_kernels import kernel
 from streaming.decode import Columns
@@ -59,7 +60,7 @@ class Partition:
     Args:
         plan: What is computed.
         partition: Its number in Kafka.
-        max_state_bytes: More memory than this is refused.
+        allowance: Memory that its worker grants; more is refused.
 
     Attributes:
         next_offset: The offset to read next.
@@ -67,12 +68,12 @@ class Partition:
         drifts: What models have detected in the piece that was taken last.
     """
 
-    def __init__(self, plan: Plan, partition: int, max_state_bytes: int | None = None) -> None:
+    def __init__(self, plan: Plan, partition: int, allowance: Allowance | None = None) -> None:
         self.plan = plan
         self.partition = partition
         self.next_offset = 0
         self.clock_us = -NEVER_US
-        self._max_state_bytes = max_state_bytes
+        self._allowance = allowance
         self._processed = self._dead = self._late = 0
         self._last_event_clock_us = self._last_event_now_us = -NEVER_US
         self._reader = Reader(plan)
@@ -264,14 +265,14 @@ class Partition:
         partition: int,
         snapshot: bytes,
         *deltas: bytes,
-        max_state_bytes: int | None = None,
+        allowance: Allowance | None = None,
     ) -> "Partition":
         """The partition that gave a snapshot and then deltas.
 
         Raises:
             StateError: They are of another plan, partition or version, or cut short.
         """
-        restored = cls(plan, partition, max_state_bytes)
+        restored = cls(plan, partition, allowance)
         for data in (snapshot, *deltas):
             header, arrays = unpack(data)
             restored._check(header)
@@ -375,13 +376,15 @@ class Partition:
     def _reserve(self, keys: int, events: int) -> None:
         """Makes room for so many entities, and for what so many more events can need."""
         capacity = len(self._due_us) if keys <= len(self._due_us) else max(keys, 2 * len(self._due_us))
-        if self._max_state_bytes is not None:
-            needed = self._bytes_of(capacity, events)
-            if needed > max(self._max_state_bytes, self.state_bytes):
+        if self._allowance is not None:
+            needed, holder = self._bytes_of(capacity, events), (self.plan.view, self.partition)
+            if not self._allowance.grant(holder, needed, self.state_bytes):
+                others, limit = self._allowance.others_bytes(holder), self._allowance.limit_bytes
                 raise StateError(
                     f"Partition {self.partition} of view '{self.plan.view}' holds {keys:,} entities and needs"
-                    f" {needed / 2**20:,.0f} MiB for more, over its limit of"
-                    f" {self._max_state_bytes / 2**20:,.0f}: raise the limit, add partitions, or shorten the windows."
+                    f" {needed / 2**20:,.0f} MiB for more; others of its worker take {others / 2**20:,.0f}, and all"
+                    f" together may take {limit / 2**20:,.0f}: raise the limit (--max-state-mb), add workers or"
+                    " partitions, or shorten the windows."
                 )
         for frame in self._frames:
             frame.reserve(capacity, events)
@@ -432,7 +435,8 @@ class Partition:
         where = f"The state of partition {self.partition} of view '{self.plan.view}'"
         if header["fingerprint"] != self.plan.fingerprint:
             raise StateError(
-                f"{where} was made by another declaration of the view: remove the checkpoint to start anew."
+                f"{where} was made by another declaration of the view: start anew with --reset {self.plan.view}, which"
+                " keeps the checkpoint aside."
             )
         if header["partition"] != self.partition:
             raise StateError(
@@ -441,7 +445,8 @@ class Partition:
         if self._models is not None and header["river"] != self._models.version:
             raise StateError(
                 f"{where} holds models of river {header['river']} and this is river {self._models.version}:"
-                " install that version, or remove the checkpoint to start anew."
+                f" install that version, or start anew with --reset {self.plan.view}, which keeps the checkpoint"
+                " aside."
             )
 
     def _take(self, header: dict[str, Any], arrays: list[npt.NDArray[Any]]) -> None:

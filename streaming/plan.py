@@ -129,7 +129,7 @@ class Plan:
         clocks: Whether event time is that of a partition or of each entity.
         source: All fields of the schema but entity and timestamp, strings as text, where there is a transformation.
         transformation: A function of a `pyarrow.RecordBatch` of these, before its columns are read; None: none.
-        transformation_text: What it is, so that a changed one starts the state anew.
+        transformation_text: What it is, so that a changed one is told from the one before.
         models: Learn from the events, transformed ones where there is a transformation, before they are aggregated.
         changelog: Topic to which changed features are published; none where empty.
         idle_ttl_us: An entity without events for longer is forgotten; 0 keeps lifetime and count windows for ever.
@@ -156,8 +156,8 @@ class Plan:
     models: tuple[Model, ...] = ()
 
     @property
-    def fingerprint(self) -> str:
-        """A sha256 of everything that changes the state; feature names and the broker's address do not."""
+    def essence(self) -> dict[str, Any]:
+        """Everything that changes the state, as JSON has it; feature names and the broker's address do not."""
         what = asdict(self)
         for name in ("bootstrap_servers", "future_us", "changelog", "transformation"):
             del what[name]
@@ -165,7 +165,13 @@ class Plan:
             del aggregate["name"]
         if not self.models:
             del what["models"]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        essence: dict[str, Any] = json.loads(json.dumps(what))
+        return essence
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A sha256 of the essence."""
+        return hashlib.sha256(json.dumps(self.essence, sort_keys=True).encode()).hexdigest()
 
     @property
     def fields(self) -> tuple[Column, ...]:

@@ -29,7 +29,9 @@ def unpack(data: bytes) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
         StateError: Not what `pack` made.
     """
     if not data.startswith(MAGIC):
-        raise StateError("The state is not of this version of Millrace: remove the checkpoint to start anew.")
+        raise StateError(
+            "The state was written by another version of Millrace: go on with that one, or start anew with --reset."
+        )
     start = data.find(b"\n", len(MAGIC))
     try:
         header = json.loads(data[len(MAGIC) : start])

@@ -22,14 +22,15 @@ from feast import FeatureStore
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from streaming.actor import Assignment, Settings, StreamActor, checkpoint_uri
-from streaming.checkpoint import CheckpointStore, StaleEpochError
+from streaming.changes import check_declared
+from streaming.checkpoint import CheckpointStore, StaleEpochError, check_uri
 from streaming.deriving.derivation import Derivation
 from streaming.deriving.topology import SupervisorError, check_partitions, input_topics, prepare, stages
 from streaming.plan import Plan
 from streaming.report import Report, beating, read_workers, write_workers
 from streaming.shares import Unit, deal
 from streaming.topics import TopicWatch
-from streaming.worker import FLUSH_S, stream_name
+from streaming.worker import FLUSH_S
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +70,14 @@ class Supervisor:
     Args:
         store: the Feast store of the views.
         plans: what to compute; derivations before what reads them.
-        home: folder under which checkpoints and `status.json` are kept.
+        home: folder under which `status.json` is kept.
+        checkpoints: absolute path or URI of the folder where checkpoints are kept; default: one under the home.
+        reset: views and derivations whose checkpoints are set aside first, so that they start from the earliest offset.
         workers: how many actors share the partitions; not more are started than there are partitions.
         until_caught_up: end when every record that is there has been processed and checkpointed; the number of workers
             stays as it is.
         flush_s: pause between writes to the online store of workers that keep up.
-        max_state_bytes: memory that the state of a partition may take; more ends the stream with a sentence.
+        max_state_bytes: memory that the states of a worker may take together; more ends the stream with a sentence.
         by_group: let a Kafka consumer group deal the partitions.
     """
 
@@ -84,6 +87,8 @@ class Supervisor:
         plans: Sequence[Plan | Derivation],
         *,
         home: Path,
+        checkpoints: str | None = None,
+        reset: Sequence[str] = (),
         workers: int = 1,
         until_caught_up: bool = False,
         flush_s: float = FLUSH_S,
@@ -100,10 +105,16 @@ class Supervisor:
                 " the supervisor."
             )
         self._plans = {plan.view: plan for plan in plans}
+        if unknown := [name for name in reset if name not in self._plans]:
+            raise SupervisorError(
+                f"There is no '{unknown[0]}' to reset: this stream computes {', '.join(sorted(self._plans))}."
+            )
+        self._reset = dict.fromkeys(reset)
         self._stage: dict[str, Plan | Derivation] = {}
         self._store, self._home, self._workers = store, home.absolute(), workers
-        self._settings = Settings(str(self._home), flush_s, until_caught_up, by_group, max_state_bytes)
-        self._checkpoints = CheckpointStore(checkpoint_uri(self._home))
+        uri = check_uri(checkpoints or checkpoint_uri(self._home))
+        self._settings = Settings(str(self._home), uri, flush_s, until_caught_up, by_group, max_state_bytes)
+        self._checkpoints = CheckpointStore(uri)
         self._report = Report(self._home / "stream")
         self._counts: dict[str, int] = {}
         self._members: dict[int, _Member] = {}
@@ -120,8 +131,13 @@ class Supervisor:
 
         Raises:
             SupervisorError: no broker, or something that trying again cannot help.
+            StateError: checkpoints of another declaration; nothing was started.
         """
         plans = list(self._plans.values())
+        for name in self._reset:
+            log.warning("checkpoints set aside", extra={"view": name, "folders": self._checkpoints.reset(name)})
+        for plan in plans:
+            check_declared(self._checkpoints, plan, self._checkpoints.partitions(plan.view))
         self._counts = prepare(plans, lambda: self._stopping)
         write_workers(self._home / "stream", self._workers)
         for stage in stages(plans) if self._settings.until_caught_up else [plans]:
@@ -192,7 +208,7 @@ class Supervisor:
                 member.actor.assign.remote(_by_view(member.told))
 
     def _next_epoch(self, unit: Unit) -> int:
-        return 1 + self._checkpoints.epoch(stream_name(self._plans[unit.view]), unit.partition)
+        return 1 + self._checkpoints.epoch(unit.view, unit.partition)
 
     def _launch(self, member: _Member) -> None:
         member.told = {unit: self._next_epoch(unit) for unit in member.told}

@@ -117,7 +117,7 @@ class TopicWatch:
             if now_s - self._gone_since_s.setdefault(topic, now_s) >= GONE_S:
                 raise TopicGoneError(
                     f"Topic {topic!r} was deleted at {self._servers} and has not come back for {GONE_S:.0f} s: make it"
-                    " again and remove the checkpoints of its views, or take the views out of the registry."
+                    " again and start its views with --reset, or take the views out of the registry."
                 )
         return counts
 

@@ -17,9 +17,10 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 from streaming import loop
+from streaming.allowance import Allowance
 from streaming.cadence import Cadence
+from streaming.changes import check_declared
 from streaming.checkpoint import CheckpointStore
-from streaming.deriving.derivation import Derivation
 from streaming.holding import Drifts, Held, Offline, Online, Rejects, Source
 from streaming.keyed import KeyCheck
 from streaming.loop import BACKOFF_S, FINISH_S
@@ -58,7 +59,8 @@ class Worker:
         keyed: refuse records whose key is not the entity (needed where the topic has several partitions).
         shared: another worker may take a partition over, which is then let go; otherwise that is an error.
         flush_s: pause between writes to the online store while the worker keeps up.
-        max_state_bytes: memory that the state of a partition may take; more ends the worker with a sentence.
+        allowance: memory that the states of all partitions may take, of other workers of the process too; more ends the
+            worker with a sentence.
         executor: runs the slow half of checkpoints, a job at a time; a thread by default.
         wall_us: wall clock in UTC microseconds.
         monotonic_s: clock for intervals.
@@ -78,19 +80,19 @@ class Worker:
         keyed: bool = False,
         shared: bool = False,
         flush_s: float = FLUSH_S,
-        max_state_bytes: int | None = None,
+        allowance: Allowance | None = None,
         executor: Executor | None = None,
         wall_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.plan = plan
-        self.stream = stream_name(plan)
+        self.stream = plan.view
         self.measures = Measures()
         self._source, self._online, self._offline = source, online, offline
         self._rejects, self._drifts, self._checkpoints = rejects, drifts, checkpoints
         self._ticking, self._shared = ticking, shared
         self._keys = KeyCheck(plan) if keyed else None
-        self._max_state_bytes = max_state_bytes
+        self._allowance = allowance
         self._wall_us, self._monotonic_s = wall_us, monotonic_s
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._saver = Saver(
@@ -121,6 +123,7 @@ class Worker:
             StaleEpochError: a newer worker has them.
             OffsetError: the topic was made again since the checkpoint.
             StateError: a checkpoint that does not fit the plan.
+            CheckpointError: no checkpoint can be read.
         """
         self._started_s = self._ended_s = self._monotonic_s()
         self._reassign(partitions)
@@ -259,8 +262,9 @@ class Worker:
         self._refresh_status()
 
     def _take(self, number: int, epoch: int) -> None:
+        check_declared(self._checkpoints, self.plan, [number])
         epoch = epoch or 1 + self._checkpoints.epoch(self.stream, number)
-        self._checkpoints.claim(self.stream, number, epoch)
+        self._checkpoints.claim(self.stream, number, epoch, self.plan.essence)
         partition, offset, restored = self._restore(number)
         now_s = self._monotonic_s()
         processed = partition.counters.processed
@@ -272,10 +276,10 @@ class Worker:
         saved = self._checkpoints.load(self.stream, number)
         offset = self._source.seek(number, saved.offset if saved else None)
         if saved is None:
-            self._offline.truncate(number, offset, BEGINNING_US)
-            return Partition(self.plan, number, self._max_state_bytes), offset, False
-        states = (saved.state, *saved.deltas)
-        partition = Partition.restore(self.plan, number, *states, max_state_bytes=self._max_state_bytes)
+            aside = f"before-{self._checkpoints.epoch(self.stream, number):010d}"
+            self._offline.truncate(number, offset, BEGINNING_US, aside)
+            return Partition(self.plan, number, self._allowance), offset, False
+        partition = Partition.restore(self.plan, number, saved.state, *saved.deltas, allowance=self._allowance)
         self._offline.truncate(number, saved.offset, saved.clock_us)
         return partition, saved.offset, True
 
@@ -284,6 +288,8 @@ class Worker:
             log.info("partition let go", extra=self._about(number))
             del self._held[number]
             self._spoiled.pop(number, None)
+            if self._allowance is not None:
+                self._allowance.free((self.plan.view, number))
         self._source.assign(self._held)
         self._count_rows()
 
@@ -431,12 +437,10 @@ class Worker:
             | {"seconds": seconds}
             for number, held in self._held.items()
         }
+        if self._allowance is not None:
+            for number, row in self._status.items():
+                self._allowance.shrink((self.plan.view, number), row["state_bytes"])
 
     def _about(self, number: int) -> dict[str, object]:
         held = self._held.get(number)
         return {"view": self.plan.view, "topic": self.plan.topic, "partition": number, "epoch": held and held.epoch}
-
-
-def stream_name(plan: Plan | Derivation) -> str:
-    """Name of the checkpoints of what is computed: a view that is computed differently starts anew from the topic."""
-    return f"{plan.view}-{plan.fingerprint[:12]}"

@@ -101,8 +101,8 @@ class BufferedJoin(ABC):
             header, arrays = unpack(data)
             if header["fingerprint"] != derivation.fingerprint:
                 raise StateError(
-                    f"The state of '{derivation.name}' was made by another declaration of it: remove the checkpoint to"
-                    " start anew."
+                    f"The state of '{derivation.name}' was made by another declaration of it: start anew with --reset"
+                    f" {derivation.name}, which keeps the checkpoint aside."
                 )
             restored._clock.restore(header["clock"])
             (buffers.extend if number else buffers.restore)(arrays)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from streaming.checkpoint import CheckpointStore, StaleEpochError
+from streaming.deriving.derivation import Derivation
 from streaming.deriving.transactions import Progress
 from streaming.state import StateError
 
@@ -54,17 +55,14 @@ class Commits:
     """The commits of one partition; one call at a time.
 
     Args:
-        stream: name of its checkpoints.
+        derivation: what is computed; its name is that of its checkpoints.
         partition: of the inputs.
-        fingerprint: of the derivation.
         output: where records go.
         checkpoints: where state goes.
     """
 
-    def __init__(
-        self, stream: str, partition: int, fingerprint: str, *, output: Output, checkpoints: CheckpointStore
-    ) -> None:
-        self._stream, self.partition, self._fingerprint = stream, partition, fingerprint
+    def __init__(self, derivation: Derivation, partition: int, *, output: Output, checkpoints: CheckpointStore) -> None:
+        self._derivation, self._stream, self.partition = derivation, derivation.name, partition
         self._output, self._checkpoints = output, checkpoints
         self.epoch = 0
 
@@ -78,13 +76,13 @@ class Commits:
             StaleEpochError: a newer owner has the partition.
             StateError: what the broker has was not written by this derivation, or its state is gone.
         """
-        self._checkpoints.claim(self._stream, self.partition, epoch)
+        self._checkpoints.claim(self._stream, self.partition, epoch, self._derivation.essence)
         self.epoch = epoch
         progress = self._output.take()
         if progress is None:
             self._check_beginning()
             return None, ()
-        if progress.fingerprint != self._fingerprint:
+        if progress.fingerprint != self._derivation.fingerprint:
             raise StateError(
                 f"{self._what} was written by another declaration: give the changed one a new name, or delete the"
                 " topic and its consumer group to begin anew."
@@ -95,7 +93,8 @@ class Commits:
         if saved is None:
             raise StateError(
                 f"{self._what} has no checkpoint of its commit {progress.number}: bring the checkpoints of this stream"
-                " back, or delete the topic and its consumer group to begin anew."
+                " back, or delete the topic and its consumer group to begin anew with"
+                f" --reset {self._stream}."
             )
         return progress, (saved.state, *saved.deltas)
 
@@ -145,7 +144,7 @@ class Commits:
         if saved is not None and saved.offset >= FIRST_TO_PROVE:
             raise StateError(
                 f"{self._what} has been written, but the broker no longer knows how far (offsets.retention.minutes):"
-                " delete the topic and the checkpoints of this stream to begin anew."
+                f" delete the topic and start with --reset {self._stream} to begin anew; the old checkpoints are kept."
             )
 
     @property

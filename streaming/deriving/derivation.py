@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from streaming.plan import PlanError
 
@@ -105,13 +105,19 @@ class Derivation:
         return self.inputs[0].bootstrap_servers
 
     @property
-    def fingerprint(self) -> str:
-        """A sha256 of everything that changes what comes out; the broker's address and the left's schema do not."""
+    def essence(self) -> dict[str, Any]:
+        """Everything that changes what comes out, as JSON has it; broker's address and left's schema do not."""
         what = dataclasses.asdict(self)
         del what["schema"], what["delay_us"], what["drift_us"], what["inputs"][0]["schema"]
         for each in what["inputs"]:
             del each["bootstrap_servers"], each["derivation"]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        essence: dict[str, Any] = json.loads(json.dumps(what))
+        return essence
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 of the essence."""
+        return hashlib.sha256(json.dumps(self.essence, sort_keys=True).encode()).hexdigest()
 
     def at(self, bootstrap_servers: str) -> "Derivation":
         """The same with all its topics at another broker."""

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 from kafka.errors import KafkaError
 
 from streaming import loop
+from streaming.allowance import Allowance
+from streaming.changes import check_declared
 from streaming.checkpoint import CheckpointStore, StaleEpochError
 from streaming.derived import Operator
 from streaming.deriving.alignment import Alignment, Foreign
@@ -29,7 +31,6 @@ from streaming.loop import FINISH_S
 from streaming.metrics import Measures
 from streaming.state import StateError
 from streaming.windows import NEVER_US
-from streaming.worker import stream_name
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ class Deriver:
         ticking: let the clock of idle inputs advance with the wall clock; off for a run that ends when caught up.
         keyed: refuse records of a join whose key is not what they are joined on (where topics have several partitions).
         shared: another worker may take a partition over, which is then let go; otherwise that is an error.
-        max_state_bytes: memory that the operator of a partition may take; more is an error.
+        allowance: memory that the operators of all partitions may take, with the states of other workers of the
+            process; more is an error.
         executor: runs commits; threads by default.
         wall_us: wall clock in UTC microseconds.
         monotonic_s: clock for intervals.
@@ -82,18 +84,18 @@ class Deriver:
         ticking: bool = True,
         keyed: bool = False,
         shared: bool = False,
-        max_state_bytes: int | None = None,
+        allowance: Allowance | None = None,
         executor: Executor | None = None,
         wall_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.plan = derivation
-        self.stream = stream_name(derivation)
+        self.stream = derivation.name
         self.measures = Measures()
         self._sources, self._rejects, self._checkpoints = sources, rejects, checkpoints
         self._operator, self._output = operator, output
         self._ticking, self._keyed, self._shared = ticking, keyed, shared
-        self._max_state_bytes = max_state_bytes
+        self._allowance = allowance
         self._executor = executor or ThreadPoolExecutor(THREADS, thread_name_prefix="commits")
         self._wall_us, self._monotonic_s = wall_us, monotonic_s
         self._held: dict[int, DerivedPartition] = {}
@@ -110,6 +112,7 @@ class Deriver:
         Raises:
             StaleEpochError: a newer worker has them.
             StateError: they were written by another declaration, or their state is gone.
+            CheckpointError: no checkpoint can be read.
             OffsetError: a topic was made again.
         """
         self._started_s = self._ended_s = self._monotonic_s()
@@ -232,9 +235,9 @@ class Deriver:
         self._refresh_status()
 
     def _take(self, number: int, epoch: int) -> None:
+        check_declared(self._checkpoints, self.plan, [number])
         epoch = epoch or 1 + self._checkpoints.epoch(self.stream, number)
-        output, fingerprint = self._output(number), self.plan.fingerprint
-        commits = Commits(self.stream, number, fingerprint, output=output, checkpoints=self._checkpoints)
+        commits = Commits(self.plan, number, output=self._output(number), checkpoints=self._checkpoints)
         try:
             found, states = commits.take(epoch)
             operator = self._operator(number, states)
@@ -250,7 +253,7 @@ class Deriver:
             self.plan,
             operator,
             commits,
-            found or Progress(0, tuple(starts), fingerprint),
+            found or Progress(0, tuple(starts), self.plan.fingerprint),
             starts,
             began_s=now_s,
             heard_s=[now_s] * len(self._sources),
@@ -262,6 +265,8 @@ class Deriver:
         for number in self._held.keys() & set(numbers):
             log.info("partition let go", extra=self._about(number))
             self._held.pop(number).commits.close()
+            if self._allowance is not None:
+                self._allowance.free((self.plan.name, number))
         for source in self._sources:
             source.assign(self._held)
 
@@ -305,11 +310,15 @@ class Deriver:
                 held.moved = True
 
     def _check_size(self, number: int, held: DerivedPartition) -> None:
-        if self._max_state_bytes is not None and held.operator.buffered_bytes > self._max_state_bytes:
+        if self._allowance is None:
+            return
+        holder, needed = (self.plan.name, number), held.operator.buffered_bytes
+        if not self._allowance.grant(holder, needed):
+            others, limit = self._allowance.others_bytes(holder), self._allowance.limit_bytes
             raise StateError(
-                f"Partition {number} of the derived topic {self.plan.name!r} holds {held.operator.buffered_bytes >> 20}"
-                f" MB of events that wait for others, and may hold {self._max_state_bytes >> 20}: allow more"
-                " (--max-state-mb), or give the inputs more partitions."
+                f"Partition {number} of the derived topic {self.plan.name!r} holds {needed >> 20} MiB of events that"
+                f" wait for others; others of its worker take {others >> 20}, and all together may take"
+                f" {limit >> 20}: raise the limit (--max-state-mb), or add workers or partitions."
             )
 
     def _tick(self) -> None:

@@ -354,3 +354,41 @@ def overlapping(folder: Path) -> list:
     parts = [re.search(r"-(\d{5})-(\d+)-(\d+)\.parquet", path.name) for path in folder.glob("data/log/*.parquet")]
     spans = sorted(tuple(map(int, part.groups())) for part in parts if part)
     return [(one, two) for one, two in pairwise(spans) if one[0] == two[0] and one[2] > two[1] and two[2] > two[1]]
+
+
+def test_a_changed_view_ends_with_a_sentence_and_goes_on_after_a_reset(kafka, tmp_path):
+    repo, topic, checkpoints = tmp_path / "repo", "changed-actions", tmp_path / "far"
+    store = foreign_repo(repo, topic, kafka, "sqlite", integer_key=True)
+    environ = os.environ | {"MILLRACE_HOME": str(tmp_path / "home"), "RAY_AUTH_TOKEN": "", "OMP_NUM_THREADS": "1"}
+
+    def job(*options: str) -> tuple[int, str, dict]:
+        command = [sys.executable, "ray_jobs/stream_features.py", "--repo", str(repo), "--until-caught-up", *options]
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=180)
+        return done.returncode, done.stderr, json.loads(done.stdout) if done.stdout else {}
+
+    ensure_topics(kafka, {topic: 1})
+    produce(kafka, topic, edits(500, 20, integer_key=True, partitions=1))
+    place = ("--checkpoints", f"file://{checkpoints}")
+    code, errors, result = job(*place)
+    assert (code, result.get("views", {}).get("activity", {}).get("processed")) == (0, 500), errors
+    before = {path.name: path.read_bytes() for path in checkpoints.rglob("*.checkpoint")}
+    assert before
+    assert not list((tmp_path / "home").rglob("*.checkpoint"))
+
+    view = store.get_stream_feature_view("activity")
+    view.aggregations = [one for one in view.aggregations if one.name != "mean_1h"]
+    store.apply([view])
+    code, errors, _ = job(*place)
+    assert code == 2
+    assert "aggregation mean of 'added' over 1h every 1h was removed" in errors.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in checkpoints.rglob("*.checkpoint")} == before
+
+    code, errors, result = job(*place, "--reset", "activity")
+    assert (code, result["views"]["activity"]["processed"]) == (0, 500), errors
+    assert {path.name: path.read_bytes() for path in checkpoints.rglob("reset-*/*.checkpoint")} == before
+    for options, sentence in (
+        (("--checkpoints", "s4://nowhere"), "Checkpoints cannot be kept at 's4://nowhere'"),
+        (("--reset", "activty"), "There is no 'activty' to reset: this stream computes activity."),
+    ):
+        code, errors, _ = job(*options)
+        assert (code, sentence in errors.splitlines()[-1]) == (2, True), errors

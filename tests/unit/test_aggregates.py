@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streaming.allowance import Allowance
 from streaming.partition import Partition
 from streaming.plan import Aggregate, Column, Plan
 from streaming.records import Emission, RecordBatch, Reject
@@ -403,9 +404,9 @@ def test_a_pane_that_is_passed_gives_its_memory_back(emitting):
 
 
 def test_more_state_than_the_limit_is_refused_in_a_sentence():
-    partition = Partition(plan({"window_us": 50_000, "slide_us": 10_000}), 0, max_state_bytes=20_000_000)
+    partition = Partition(plan({"window_us": 50_000, "slide_us": 10_000}), 0, Allowance(20_000_000))
     many = [Happened(f"user {number}", START_MS, 1.0, "oak") for number in range(20_000)]
-    with pytest.raises(ValueError, match="over its limit of 19: raise the limit, add partitions, or shorten"):
+    with pytest.raises(ValueError, match="take 0, and all together may take 19: raise the limit"):
         partition.process(batch(many, 0), now_us=10**15)
     assert 0 < partition.state_bytes < 20_000_000
 

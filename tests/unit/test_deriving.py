@@ -15,6 +15,7 @@ from kafka import OffsetAndMetadata
 from kafka.errors import KafkaError
 
 from streaming import checkpoint
+from streaming.allowance import Allowance
 from streaming.checkpoint import CheckpointStore, StaleEpochError
 from streaming.derived import Derived
 from streaming.deriving.derivation import Derivation, Input
@@ -451,8 +452,13 @@ def test_another_declaration_under_the_same_name_is_refused(tmp_path):
     broker = Broker()
     until_done(lambda: deriver(broker, tmp_path))
     changed = Derivation("by_item", "rekeyed", (LEFT,), "time", LEFT.schema, 0)
-    with pytest.raises(StateError, match="another declaration"):
+    with pytest.raises(StateError, match="another declaration: key 'item' became 'time'.*--reset by_item"):
         deriver(broker, tmp_path, changed).start({0: 0})
+    CheckpointStore(str(tmp_path)).reset("by_item")
+    with pytest.raises(StateError, match="another declaration: .* delete the topic and its consumer group"):
+        deriver(broker, tmp_path, changed).start({0: 0})
+    broker.offsets.clear()
+    deriver(broker, tmp_path, changed).start({0: 0})
 
 
 def test_a_lost_checkpoint_and_forgotten_offsets_are_said_so(tmp_path):
@@ -543,10 +549,10 @@ def test_an_operator_that_holds_too_much_ends_with_a_sentence(tmp_path):
         tmp_path,
         JOINED,
         operators={"as_of_join": lambda number, states: operator},
-        max_state_bytes=2 << 20,
+        allowance=Allowance(2 << 20),
     )
     one.start({0: 0})
-    with pytest.raises(StateError, match="holds 3 MB of events that wait for others, and may hold 2"):
+    with pytest.raises(StateError, match="holds 3 MiB of events that wait for others; .* all together may take 2"):
         one.step()
 
 

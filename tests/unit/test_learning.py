@@ -299,7 +299,7 @@ def test_state_of_another_version_of_river_is_refused(monkeypatch):
 
     saved = Partition(PLAN, 0).snapshot()
     monkeypatch.setattr(Models, "version", "0.99.0")
-    with pytest.raises(StateError, match="install that version, or remove the checkpoint"):
+    with pytest.raises(StateError, match="install that version, or start anew with --reset"):
         Partition.restore(PLAN, 0, saved)
 
 
