@@ -40,7 +40,7 @@ class Offline(Protocol):
     def write(  # noqa: D102
         self, partition: int, first: int, next_offset: int, clock_us: int, rows: Sequence[tuple[Emission, int]]
     ) -> None: ...
-    def truncate(self, partition: int, offset: int, clock_us: int) -> int: ...  # noqa: D102
+    def truncate(self, partition: int, offset: int, clock_us: int, aside: str = "") -> int: ...  # noqa: D102
     def compact(self, partition: int, offset: int, clock_us: int) -> int: ...  # noqa: D102
 
 
@@ -63,7 +63,7 @@ class NoOffline:
     ) -> None:
         """Write none of them."""
 
-    def truncate(self, partition: int, offset: int, clock_us: int) -> int:
+    def truncate(self, partition: int, offset: int, clock_us: int, aside: str = "") -> int:
         """Remove nothing."""
         return 0
 

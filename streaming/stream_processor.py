@@ -16,7 +16,8 @@ from feast import FeatureStore, KafkaSource
 from feast.data_source import PushMode
 from feast.stream_feature_view import StreamFeatureView
 
-from streaming.actor import Settings, open_worker
+from streaming.actor import Settings, checkpoint_uri, open_worker
+from streaming.allowance import Allowance
 from streaming.deriving.derivation import TAG
 from streaming.deriving.topology import prepare
 from streaming.plan import Plan, PlanError
@@ -110,7 +111,7 @@ class MillraceStreamProcessor:
                 f"View '{sfv.name}' reads the derived topic '{self.data_source.name}', which the stream job computes:"
                 f" run `ray_jobs/stream_features.py --views {sfv.name}`."
             )
-        self._settings = Settings(str(home.absolute()), FLUSH_S, max_state_bytes=psutil.virtual_memory().total // 2)
+        self._settings = Settings(str(home.absolute()), checkpoint_uri(home.absolute()), FLUSH_S)
 
     def ingest_stream_feature_view(self, to: PushMode = PushMode.ONLINE) -> Ingestion:
         """Take all partitions of the topic over and ingest them, from their checkpoints or else from the beginning.
@@ -132,7 +133,8 @@ class MillraceStreamProcessor:
         partitions = prepare([self._plan], lambda: False)[self._plan.topic]
         # A store of its own, because a connection of Feast's stores is not for several threads.
         store = FeatureStore(repo_path=str(self.fs.repo_path), config=self.fs.config)
-        worker = open_worker(store, self._plan, partitions > 1, self._settings, to)
+        allowance = Allowance(psutil.virtual_memory().total // 2)
+        worker = open_worker(store, self._plan, partitions > 1, self._settings, allowance, to)
         try:
             worker.start(dict.fromkeys(range(partitions), 0))
         except BaseException:
