@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,20 +10,21 @@ from typing import Any
 import kafka
 import numpy as np
 from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
-from kafka.errors import KafkaError, OffsetOutOfRangeError
+from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
 
 from streaming.records import Ints, RecordBatch
 from streaming.wire import ColumnarRecords, from_records
 
 log = logging.getLogger(__name__)
 
-COLUMNAR_VERSIONS = ("3.0.",)
+KNOWN_VERSIONS = ("3.0.",)
 BATCHES_A_POLL = 32
 LARGE_BATCH = 4_096
+ANSWER_S = 2.0
 
 
 class OffsetError(ValueError):
-    """A stored offset that lies beyond the end of its topic: the topic was deleted and made again."""
+    """What was read of a topic is no longer there: the topic was deleted and made again, or a broker lost records."""
 
 
 class Consumer:
@@ -50,11 +52,18 @@ class Consumer:
             reconnect_backoff_max_ms=1_000,
         )
         self._reported: dict[TopicPartition, OffsetAndMetadata] = {}
-        self._columnar = columnar and kafka.__version__.startswith(COLUMNAR_VERSIONS)
+        self._heard: dict[int, tuple[float, float]] = {}  # when the last answer came, and seconds without one before
+        known = kafka.__version__.startswith(KNOWN_VERSIONS)
+        self._columnar = columnar and known
+        if known:
+            self._listen()
+        else:
+            log.warning(
+                "kafka-python %s was not tried: reading is slower, and a broker that is away goes for silence",
+                kafka.__version__,
+            )
         if self._columnar:
             self._kafka._fetcher.PartitionRecords = ColumnarRecords
-        elif columnar:
-            log.warning("kafka-python %s was not tried with the columnar reader: reading is slower", kafka.__version__)
 
     def assign(self, partitions: Iterable[int]) -> None:
         """Take these partitions; each needs a `seek` before the first `poll`."""
@@ -83,13 +92,18 @@ class Consumer:
                 "records removed by retention before they were read",
                 extra={"topic": self.topic, "partition": partition, "offset": start, "lost": earliest - start},
             )
+        self._heard[partition] = time.monotonic(), self._heard.get(partition, (0.0, 0.0))[1]
         self._kafka.seek(at, max(start, earliest))
         return max(start, earliest)
 
     def hold(self, partitions: Iterable[int]) -> None:
         """Let `poll` hand out nothing of these partitions, and of all others again what comes."""
         held = {TopicPartition(self.topic, partition) for partition in partitions}
-        self._kafka.resume(*(self._kafka.paused() - held))
+        paused = self._kafka.paused()
+        self._answered(held - paused)
+        for at in paused:  # nobody asked
+            self._heard[at.partition] = time.monotonic(), self._heard[at.partition][1]
+        self._kafka.resume(*(paused - held))
         self._kafka.pause(*held)
 
     def poll(self, timeout_s: float, max_records: int) -> list[RecordBatch]:
@@ -98,7 +112,7 @@ class Consumer:
         Empty when nothing came within `timeout_s` or while the broker is away (kafka-python reconnects by itself).
 
         Raises:
-            OffsetError: the topic was deleted and made again while it was read.
+            OffsetError: the topic was deleted and made again while it was read, or a broker lost what was read.
         """
         limit = BATCHES_A_POLL if self._columnar else max_records
         try:
@@ -110,6 +124,13 @@ class Consumer:
             for at, offset in error.args[0].items():
                 self.seek(at.partition, int(getattr(offset, "offset", offset)))
             return []
+        except LogTruncationError as error:
+            at = min(error.divergent_offsets)
+            raise OffsetError(
+                f"Topic {self.topic!r} partition {at.partition} no longer holds what was read of it up to offset"
+                f" {self.position(at.partition)}: the topic was deleted and made again, or a broker lost records;"
+                " remove the checkpoints of its views to start anew."
+            ) from error
         batches: list[RecordBatch] = []
         for parts in found:
             batches.extend(piece for batch in _packed(parts, max_records) for piece in _pieces(batch, max_records))
@@ -130,6 +151,44 @@ class Consumer:
             end = self._ends[at.partition] if end is None else end
             lags[at.partition] = max(0, end - self.position(at.partition))
         return lags
+
+    def unanswered_s(self) -> dict[int, float]:
+        """Seconds in which the broker said nothing of each partition since it was first taken; asks nobody.
+
+        It answers twice a second also where it has nothing, so only pauses above two seconds count. A partition on hold
+        is not asked for.
+        """
+        now_s, paused = time.monotonic(), self._kafka.paused()
+        found = {}
+        for at in self._kafka.assignment():
+            heard_s, before_s = self._heard.get(at.partition, (now_s, 0.0))
+            found[at.partition] = before_s + (0.0 if at in paused else _pause_s(heard_s, now_s))
+        return found
+
+    def _listen(self) -> None:
+        """Have every fetch that is answered noted; the answer names only partitions of which there is news."""
+        fetcher = self._kafka._fetcher
+        handle = fetcher._handle_fetch_response
+
+        def handled(node: Any, offsets: Mapping[TopicPartition, int], sent_s: float, response: Any) -> None:
+            handle(node, offsets, sent_s, response)
+            if not response.error_code:
+                refused = {
+                    TopicPartition(topic.topic, one.partition_index)
+                    for topic in response.responses
+                    for one in topic.partitions
+                    if one.error_code
+                }
+                self._answered(offsets.keys() - refused)
+
+        fetcher._handle_fetch_response = handled
+
+    def _answered(self, partitions: Iterable[TopicPartition]) -> None:
+        """Note that the broker spoke of these; called by the thread of kafka-python, so each note is one assignment."""
+        now_s = time.monotonic()
+        for at in partitions:
+            heard_s, before_s = self._heard.get(at.partition, (now_s, 0.0))
+            self._heard[at.partition] = now_s, before_s + _pause_s(heard_s, now_s)
 
     def end_offsets(self) -> dict[int, int]:
         """The end of each partition as the broker says now.
@@ -165,6 +224,10 @@ class Consumer:
             self._kafka.close(autocommit=False, timeout_ms=2_000)
         except KafkaError as error:
             log.debug("closing the consumer failed: %s", error)
+
+
+def _pause_s(heard_s: float, now_s: float) -> float:
+    return now_s - heard_s if now_s - heard_s > ANSWER_S else 0.0
 
 
 @contextmanager

@@ -63,6 +63,10 @@ class Operator(Protocol):
         """Let the clocks of these sides follow the wall clock; only of sides that are read to their end."""
         ...
 
+    def leave_out(self, side: int, wall_us: int) -> None:
+        """Let `tick` not count a step of the wall clock since the last event of a side; below zero: back."""
+        ...
+
     def drain(self) -> Derived:
         """Give what waits, because nothing more will come."""
         ...

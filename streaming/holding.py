@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from streaming.partition import Partition
 from streaming.records import Drift, Emission, RecordBatch, Reject
+from streaming.silence import Silence
 
 DATED_US = (-60_000_000_000_000_000, 250_000_000_000_000_000)
 
@@ -22,6 +23,7 @@ class Source(Protocol):
     def poll(self, timeout_s: float, max_records: int) -> list[RecordBatch]: ...  # noqa: D102
     def position(self, partition: int) -> int: ...  # noqa: D102
     def lag(self) -> dict[int, int]: ...  # noqa: D102
+    def unanswered_s(self) -> dict[int, float]: ...  # noqa: D102
     def end_offsets(self) -> dict[int, int]: ...  # noqa: D102
     def commit(self, offsets: Mapping[int, int]) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
@@ -96,6 +98,7 @@ class Held:
     saved_offset: int
     saved_s: float
     restored: int
+    silence: Silence
     rows: list[tuple[Emission, int]] = field(default_factory=list)
     last_record_s: float = 0.0
     ticked_s: float = 0.0

@@ -45,6 +45,10 @@ class KeyClocks:
         np.maximum(self.now_us[:known], moved, out=self.now_us[:known])
         self._ahead_us[:known] = self.now_us[:known]
 
+    def leave_out(self, known: int, wall_us: int) -> None:
+        """Lets `tick` not count so much of the time since the last event of the first `known` entities."""
+        self._heard_us[:known] += wall_us
+
     def keep(self, ids: Ints) -> None:
         """Forgets all entities but those of `ids`, which become 0, 1, ... in this order."""
         self.now_us, self._ahead_us = self.now_us[ids], self._ahead_us[ids]

@@ -1,6 +1,6 @@
 """One partition of one view: records in, features out, everything restorable.
 
-The clock of a partition is the largest event time it has seen; while no events come it goes on with the wall clock.
+The clock of a partition is the largest event time it has seen; without events it goes on as time passes.
 A fresh value belongs to the clock, so it changes in two ways: by an event, or by a pane that leaves its window. A final
 value belongs to the end of a window and is made when the watermark passes it.
 """
@@ -203,6 +203,14 @@ class Partition:
         self.clock_us = max(self.clock_us, self._last_event_clock_us + now_us - self._last_event_now_us)
         if self._clocks is not None:
             self._clocks.tick(len(self._keys), now_us)
+
+    def leave_out(self, wall_us: int) -> None:
+        """Lets `tick` not count so much of the wall-clock time since the last event: a step, or a broker away."""
+        if self._last_event_now_us != -NEVER_US:
+            self._last_event_now_us += wall_us
+        if self._clocks is not None:
+            self._clocks.leave_out(len(self._keys), wall_us)
+            self._changed[: len(self._keys)] = True
 
     def mark(self) -> None:
         """Notes the features of every entity that changed since the last call, by an event or by the clock."""

@@ -30,6 +30,7 @@ from streaming.plan import Plan
 from streaming.poison import SpoiledError, feed, poisonous, without
 from streaming.records import Drift, Emission, RecordBatch, Reject
 from streaming.saving import Captured, Saved, Saver, SavingError
+from streaming.silence import Silence
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Worker:
         rejects: where refused records go.
         checkpoints: where state goes.
         drifts: where detections of drift are published.
-        ticking: let the clock of idle partitions advance with the wall clock; off for a run that ends when caught up,
+        ticking: let the clock of idle partitions advance while brokers answer; off for a run that ends when caught up,
             so that its outcome depends on the records only.
         keyed: refuse records whose key is not the entity (needed where the topic has several partitions).
         shared: another worker may take a partition over, which is then let go; otherwise that is an error.
@@ -164,9 +165,10 @@ class Worker:
             if self._flushable():
                 timeout_s = min(timeout_s, max(0.0, self._cadence.flush_in_s(now_s, 0)))
             batches = self._source.poll(timeout_s, RECORDS_A_BATCH)
+        now_us = self._leave_out({batch.partition for batch in batches}) if batches else 0
         for batch in batches:
             if batch.partition not in self._spoiled:  # else it is read again from the checkpoint
-                self._process(batch)
+                self._process(batch, now_us)
         self._rewind()
         if self._ticking:
             self._tick()
@@ -268,7 +270,8 @@ class Worker:
         partition, offset, restored = self._restore(number)
         now_s = self._monotonic_s()
         processed = partition.counters.processed
-        self._held[number] = Held(partition, epoch, offset, offset, now_s, processed, last_record_s=now_s)
+        silence = Silence(now_s, self._wall_us(), self._source.unanswered_s()[number])
+        self._held[number] = Held(partition, epoch, offset, offset, now_s, processed, silence, last_record_s=now_s)
         log.info("partition taken", extra=self._about(number) | {"offset": offset, "restored": restored})
 
     def _restore(self, number: int) -> tuple[Partition, int, bool]:
@@ -296,13 +299,13 @@ class Worker:
     def _flushable(self) -> bool:
         return bool(self._unflushed or self._refused) or any(held.dirty for held in self._held.values())
 
-    def _process(self, batch: RecordBatch) -> None:
+    def _process(self, batch: RecordBatch, now_us: int) -> None:
         if self._keys is not None:
             self._keys.look(batch)
         held = self._held[batch.partition]
         last, marked = int(batch.offsets[-1]), False
         try:
-            for refused in self._pieces(held, batch):
+            for refused in self._pieces(held, batch, now_us):
                 self._refused.extend(refused)
                 self._detected(held)
                 held.dirty = True
@@ -326,8 +329,7 @@ class Worker:
             log.warning("drift detected", extra=self._about(drift.partition) | drift._asdict())
             self._drifted.append(drift)
 
-    def _pieces(self, held: Held, batch: RecordBatch) -> Iterator[list[Reject]]:
-        now_us = self._wall_us()
+    def _pieces(self, held: Held, batch: RecordBatch, now_us: int) -> Iterator[list[Reject]]:
         if int(batch.offsets[0]) > held.suspect_until:
             return feed(held.partition, batch, now_us)
         held.unchained = True
@@ -349,12 +351,23 @@ class Worker:
         """Let the clock of partitions advance that were read to their end and have been idle for a while."""
         now_s = self._monotonic_s()
         idle = [held for held in self._held.values() if now_s - self._idle_since_s(held) >= IDLE_S]
-        lags = self._source.lag() if idle else {}
+        if not idle:
+            return
+        lags, now_us = self._source.lag(), self._leave_out(held.partition.partition for held in idle)
         for held in idle:
             if lags[held.partition.partition] == 0:
-                held.partition.tick(self._wall_us())
+                held.partition.tick(now_us)
                 held.dirty = True
             held.ticked_s = now_s
+
+    def _leave_out(self, numbers: Iterable[int]) -> int:
+        """Let no time count for these partitions that was no silence of their entities; returns the wall clock."""
+        now_s, now_us, unanswered_s = self._monotonic_s(), self._wall_us(), self._source.unanswered_s()
+        for number in numbers:
+            held = self._held[number]
+            if left_out_us := sum(held.silence.left_out_us(now_s, now_us, unanswered_s[number])):
+                held.partition.leave_out(left_out_us)
+        return now_us
 
     def _idle_since_s(self, held: Held) -> float:
         """Where entities have clocks of their own, some are idle also while others have events."""

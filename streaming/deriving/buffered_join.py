@@ -71,6 +71,10 @@ class BufferedJoin(ABC):
         self._clock.tick(now_us, idle, full)
         return self._derived(self._release(self._clock.mark_us))
 
+    def leave_out(self, side: int, wall_us: int) -> None:
+        """Lets `tick` not count a step of the wall clock since the last event of a side."""
+        self._clock.leave_out(side, wall_us)
+
     def drain(self) -> Derived:
         """Gives what waits, because nothing more will come."""
         derived = self._derived(self._release(NEVER_US))

@@ -19,12 +19,15 @@ from streaming.deriving.derivation import Derivation
 from streaming.deriving.transactions import Progress
 from streaming.holding import DATED_US
 from streaming.records import Ints, RecordBatch, Reject
+from streaming.silence import Silence
+from streaming.windows import NEVER_US
 
 log = logging.getLogger(__name__)
 
 COMMIT_S = 0.1
 SNAPSHOT_SHARE = 10
 IDLE_S = 1.0
+SETTLE_S = 300.0  # what producers hold while their broker is away, they deliver by then or give up
 KEEP_S = 6 * 3600.0  # a broker forgets offsets that are not committed again
 PAUSE_S = (0.2, 5.0)
 
@@ -51,6 +54,7 @@ class DerivedPartition:
         restored: Records that had been read before.
         began_s: When the last commit began.
         heard_s: When each side had its last records.
+        silences: Of each side.
         saved_s: When the last commit ended.
         moved: Whether there is something to commit.
         commit: The one under way.
@@ -63,6 +67,7 @@ class DerivedPartition:
     offsets: list[int]
     began_s: float
     heard_s: list[float]
+    silences: list[Silence]
     saved_s: float
     clock_us: int = field(init=False)
     restored: int = field(init=False)
@@ -75,6 +80,8 @@ class DerivedPartition:
     rejects: list[tuple[int, Reject]] = field(default_factory=list)
     moved: bool = False
     ticked_s: float = 0.0
+    unanswered_us: list[int] = field(init=False)
+    broken_s: float = 0.0
     drained: bool = False
     snapshot_began_s: float = 0.0
     snapshot_s: float = 0.0
@@ -88,6 +95,7 @@ class DerivedPartition:
         last = self.progress
         self.restored = self.processed = last.processed
         self.clock_us, self.dead, self.late = last.clock_us, last.dead, last.late
+        self.unanswered_us = [0] * len(self.silences)
 
     @property
     def pending(self) -> int:
@@ -131,7 +139,7 @@ class DerivedPartition:
                 self.clock_us = max(self.clock_us, int(times_us[count - 1]))
             self.processed += count
             self.offsets[side] = int(part.offsets[-1]) + 1
-            self.heard_s[side] = now_s
+            self.heard_s[side], self.unanswered_us[side] = now_s, 0
             self.moved = True
             given.append(part)
             self.waiting.popleft()
@@ -159,12 +167,29 @@ class DerivedPartition:
         """Whether a side had no records for a while."""
         return now_s - max(self.ticked_s, min(self.heard_s)) >= IDLE_S
 
+    def leave_out(self, unanswered_s: Sequence[float], now_s: float, now_us: int) -> None:
+        """Let steps of the wall clock not count, nor the time in which no broker answered until that has settled.
+
+        A side that stays idle would hold up the other one for ever by the length of such a time. So it counts once both
+        have been answered for five minutes on end.
+        """
+        if now_s - self.broken_s >= SETTLE_S:
+            self.unanswered_us = [0] * len(self.silences)
+        for side, (silence, seconds) in enumerate(zip(self.silences, unanswered_s, strict=True)):
+            stepped_us, unanswered_us = silence.left_out_us(now_s, now_us, seconds)
+            if stepped_us:
+                self.operator.leave_out(side, stepped_us)
+            if unanswered_us:
+                self.broken_s = now_s
+                if self.operator.clocks_us[side] != -NEVER_US:
+                    self.unanswered_us[side] += unanswered_us
+
     def tick(self, lags: Sequence[int], now_s: float, now_us: int) -> None:
         """Let the clocks of sides advance that were read to their end and had no records for a while."""
         self.ticked_s = now_s
-        sides = zip(self.heard_s, lags, strict=True)
-        idle = [side for side, (heard_s, lag) in enumerate(sides) if now_s - heard_s >= IDLE_S and lag == 0]
-        self.take(self.operator.tick(now_us, idle))
+        for side, (heard_s, lag) in enumerate(zip(self.heard_s, lags, strict=True)):
+            if now_s - heard_s >= IDLE_S and lag == 0:
+                self.take(self.operator.tick(now_us - self.unanswered_us[side], [side]))
 
     def due(self, now_s: float) -> bool:
         """Whether to commit now; others may wait for what is committed of one of which something waits.

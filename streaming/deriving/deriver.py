@@ -29,6 +29,7 @@ from streaming.holding import Rejects, Source
 from streaming.keyed import KeyCheck
 from streaming.loop import FINISH_S
 from streaming.metrics import Measures
+from streaming.silence import Silence
 from streaming.state import StateError
 from streaming.windows import NEVER_US
 
@@ -248,7 +249,7 @@ class Deriver:
         except BaseException:
             commits.close()
             raise
-        now_s = self._monotonic_s()
+        now_s, now_us = self._monotonic_s(), self._wall_us()
         self._held[number] = DerivedPartition(
             self.plan,
             operator,
@@ -257,6 +258,7 @@ class Deriver:
             starts,
             began_s=now_s,
             heard_s=[now_s] * len(self._sources),
+            silences=[Silence(now_s, now_us, source.unanswered_s()[number]) for source in self._sources],
             saved_s=now_s,
         )
         log.info("partition taken", extra=self._about(number) | {"offsets": starts, "restored": found is not None})
@@ -295,7 +297,7 @@ class Deriver:
             limits = self._alignment.limits_us(known, [number for number, held in self._held.items() if held.waiting])
             if not self._alignment.alone:
                 self._announce()
-        now_us, now_s = self._wall_us(), self._monotonic_s()
+        now_s, now_us = self._leave_out([number for number, held in self._held.items() if held.waiting])
         for number, held in self._held.items():
             for batch in held.derive(limits.get(number, NEVER_US), now_us, now_s):
                 self.measures.read(batch)
@@ -325,9 +327,20 @@ class Deriver:
         """Let the clocks of inputs advance that were read to their end and have been idle for a while."""
         now_s = self._monotonic_s()
         quiet = [(number, held) for number, held in self._held.items() if held.quiet(now_s)]
-        lags = [source.lag() for source in self._sources] if quiet else []
+        if not quiet:
+            return
+        lags = [source.lag() for source in self._sources]
+        now_s, now_us = self._leave_out([number for number, _ in quiet])
         for number, held in quiet:
-            held.tick([lag.get(number, 0) for lag in lags], now_s, self._wall_us())
+            held.tick([lag.get(number, 0) for lag in lags], now_s, now_us)
+
+    def _leave_out(self, numbers: Sequence[int]) -> tuple[float, int]:
+        """Let no time count for these partitions that was no silence of their entities; returns both clocks."""
+        now_s, now_us = self._monotonic_s(), self._wall_us()
+        unanswered_s = [source.unanswered_s() for source in self._sources] if numbers else []
+        for number in numbers:
+            self._held[number].leave_out([each[number] for each in unanswered_s], now_s, now_us)
+        return now_s, now_us
 
     def _drained(self) -> bool:
         """Takes what waits in the operators, because nothing more will come."""

@@ -35,6 +35,11 @@ class JoinClock:
         """Events of a side came, and its time is set."""
         self._heard[side] = (int(self.times_us[side]), now_us)
 
+    def leave_out(self, side: int, wall_us: int) -> None:
+        """Lets `tick` not count so much of the wall-clock time since the last event of a side."""
+        if (last := self._heard[side]) is not None:
+            self._heard[side] = (last[0], last[1] + wall_us)
+
     def tick(self, now_us: int, idle: Sequence[int], level: bool) -> None:
         """Moves the clocks of idle sides on by the wall-clock time since their last event.
 

@@ -58,6 +58,9 @@ class Lookup(ABC):
         """Nothing waits for the clock."""
         return Derived([], [], [])
 
+    def leave_out(self, side: int, wall_us: int) -> None:  # noqa: B027 (part of `Operator`)
+        """Nothing waits for the clock."""
+
     def drain(self) -> Derived:
         """Nothing waits."""
         return Derived([], [], [])

@@ -72,6 +72,9 @@ class Rekeying:
         """Nothing waits."""
         return Derived([], [], [])
 
+    def leave_out(self, side: int, wall_us: int) -> None:
+        """Nothing waits for the clock."""
+
     def drain(self) -> Derived:
         """Nothing waits."""
         return Derived([], [], [])

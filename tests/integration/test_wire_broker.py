@@ -1,10 +1,15 @@
 """The columnar reader against a real broker: the same records as kafka-python's public path, in every codec."""
 
+import signal
+import time
+from collections.abc import Callable
 from random import Random
 
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+import psutil
+import pytest
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
-from streaming.consumer import Consumer
+from streaming.consumer import Consumer, OffsetError
 from streaming.topics import ensure_topics
 from streaming.wire import ColumnarRecords
 
@@ -73,8 +78,6 @@ def test_every_codec_reads_the_same_as_the_public_path(kafka):
 
 
 def test_offsets_that_retention_removed_are_skipped_and_counted(kafka):
-    from kafka import KafkaAdminClient
-
     topic = "wire-retention"
     ensure_topics(kafka, {topic: 1})
     producer = KafkaProducer(bootstrap_servers=kafka)
@@ -168,3 +171,77 @@ def test_a_partition_on_hold_gives_nothing_until_it_is_let_go(kafka):
     consumer.hold([])
     assert [row[3] for row in read(consumer, 20, 100)] == [b"%d" % n for n in range(1, 40, 2)]
     consumer.close()
+
+
+def test_only_the_time_in_which_the_broker_says_nothing_counts_as_unanswered(kafka):
+    topic = "wire-unanswered"
+    ensure_topics(kafka, {topic: 2})
+    consumer = Consumer(kafka, topic, group="wire")
+    consumer.assign([0, 1])
+    for partition in (0, 1):
+        consumer.seek(partition, 0)
+    (broker,) = {
+        psutil.Process(one.pid)
+        for one in psutil.net_connections("tcp")
+        if one.status == psutil.CONN_LISTEN and one.laddr[1] == int(kafka.rpartition(":")[2])
+    }
+
+    def unanswered_s(seconds: float) -> dict[int, float]:
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s:
+            assert consumer.poll(0.02, 100) == []
+        return consumer.unanswered_s()
+
+    assert unanswered_s(4) == {0: 0.0, 1: 0.0}
+    consumer.hold([1])
+    assert unanswered_s(4) == {0: 0.0, 1: 0.0}
+    consumer.hold([])
+    assert unanswered_s(1) == {0: 0.0, 1: 0.0}
+    broker.send_signal(signal.SIGSTOP)
+    try:
+        away = unanswered_s(5)
+    finally:
+        broker.send_signal(signal.SIGCONT)
+    assert all(4 < seconds < 7 for seconds in away.values())
+    assert consumer.lag() == {0: 0, 1: 0}, "the broker has told nothing else"
+    back = unanswered_s(3)
+    assert back == unanswered_s(3)
+    assert all(4 < seconds < 9 for seconds in back.values())
+    consumer.close()
+
+
+def test_a_topic_that_was_deleted_and_made_again_is_noticed_by_who_reads_it(kafka):
+    topic = "wire-again"
+    ensure_topics(kafka, {topic: 1})
+
+    def produce(values: int) -> None:
+        producer = KafkaProducer(bootstrap_servers=kafka)
+        for n in range(values):
+            producer.send(topic, b"%d" % n)
+        producer.flush()
+        producer.close()
+
+    produce(30)
+    consumer = Consumer(kafka, topic, group="wire")
+    consumer.assign([0])
+    consumer.seek(0, None)
+    assert len(read(consumer, 30, 100)) == 30
+    admin = KafkaAdminClient(bootstrap_servers=kafka)
+    admin.delete_topics([topic])
+    wait_for(lambda: topic not in admin.list_topics(), "the topic to go")
+    assert read(consumer, 0, 100) == [], "while it is gone the reader waits"
+    wait_for(lambda: ensure_topics(kafka, {topic: 1}) == {topic: 1}, "the topic to come")
+    produce(10)
+    with pytest.raises(OffsetError, match=r"(stands at|up to offset) 30: the topic was deleted.* remove"):
+        read(consumer, 30, 100)
+    with pytest.raises(OffsetError, match="was deleted and made again"):
+        consumer.seek(0, 30)
+    admin.close()
+    consumer.close()
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 60) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"timed out waiting for {what}"
+        time.sleep(0.2)

@@ -315,6 +315,23 @@ def test_clocks_of_entities_go_on_with_the_wall_clock():
     assert rows(partition.emit()) == [("a", 1_010, {"n": 0}), ("b", 500_010, {"n": 0})]
 
 
+def test_time_that_is_left_out_moves_no_clock_also_after_a_restart():
+    aggregates = (Aggregate("n", "x", "count", window_us=10_000, slide_us=10_000),)
+    what = Plan("v", "t", "", "user", "string", "time", COLUMNS[:1], aggregates, 0, clocks="key")
+    partition = Partition(what, 0)
+    partition.process(batch([Happened("a", 1_000, 1.0, None), Happened("b", 500_000, 1.0, None)], 0), now_us=10**12)
+    partition.emit()
+    chain = [partition.snapshot()]
+    partition.leave_out(3_600_000_000)
+    chain.append(partition.delta())
+    for one in (partition, Partition.restore(what, 0, *chain)):
+        one.tick(10**12 + 3_600_000_000 + 4_000)
+        assert rows(one.emit()) == []
+        assert one.clock_us == 500_004_000
+        one.tick(10**12 + 3_600_000_000 + 10_000)
+        assert rows(one.emit()) == [("a", 1_010, {"n": 0}), ("b", 500_010, {"n": 0})]
+
+
 @settings(max_examples=100, deadline=None)
 @given(histories(), st.sampled_from(["sliding", "session", "last", "lifetime"]), st.sampled_from(["fresh", "final"]))
 def test_deltas_restore_what_a_snapshot_does(batches, kind, emission):

@@ -21,6 +21,7 @@ from streaming.derived import Derived
 from streaming.deriving.derivation import Derivation, Input
 from streaming.deriving.derived_partition import COMMIT_S, DerivedPartition
 from streaming.deriving.deriver import PENDING_ROWS, Deriver
+from streaming.deriving.join_clock import JoinClock
 from streaming.deriving.rekeying import Rekeying
 from streaming.deriving.transactions import Progress
 from streaming.keyed import WorkerError
@@ -119,6 +120,7 @@ class Topic:
     def __init__(self, logs, broker, batch=3):
         self.broker, self.logs, self.batch = broker, logs, batch
         self.at, self.held, self.lost, self.closed = {}, set(), {}, False
+        self.silent_s = 0.0
 
     def assign(self, partitions):
         self.at = {partition: self.at.get(partition, 0) for partition in partitions}
@@ -147,6 +149,9 @@ class Topic:
 
     def position(self, partition):
         return self.at[partition]
+
+    def unanswered_s(self):
+        return dict.fromkeys(self.at, self.silent_s)
 
     def lag(self):
         return {partition: len(self.logs[partition]) - at for partition, at in self.at.items()}
@@ -211,6 +216,9 @@ class Counting:
 
     def tick(self, now_us, idle=(0, 1)):
         return Derived([], [], [])
+
+    def leave_out(self, side, wall_us):
+        pass
 
     def drain(self):
         return Derived([b"end"], [b"%d" % sum(self.seen)], [])
@@ -381,7 +389,15 @@ def test_a_commit_builds_on_the_one_before(tmp_path, deltas):
 def test_a_slow_snapshot_delays_the_next_snapshot_but_no_delta():
     commits = SimpleNamespace(epoch=1, wants_whole=lambda: True)
     held = DerivedPartition(
-        JOINED, Counting(), commits, Progress(0, (0, 0), ""), [0, 0], began_s=0.0, heard_s=[0.0, 0.0], saved_s=0.0
+        JOINED,
+        Counting(),
+        commits,
+        Progress(0, (0, 0), ""),
+        [0, 0],
+        began_s=0.0,
+        heard_s=[0.0, 0.0],
+        silences=[],
+        saved_s=0.0,
     )
     held.begin(iter([100.0, 102.0]).__next__)
     held.commit, held.moved = None, True
@@ -392,6 +408,55 @@ def test_a_slow_snapshot_delays_the_next_snapshot_but_no_delta():
     held.commit, held.moved = None, True
     commits.wants_whole = lambda: True
     assert (held.due(119.0), held.due(120.0)) == (False, True)
+
+
+class Clocked(Counting):
+    """Shows the clock of a join."""
+
+    def __init__(self, states=()):
+        super().__init__(states)
+        self.clock = JoinClock((0, 0))
+
+    def process(self, side, batch, now_us):
+        derived = super().process(side, batch, now_us)
+        self.clock.times_us[side] = self.clocks_us[side]
+        self.clock.heard(side, now_us)
+        return derived
+
+    def tick(self, now_us, idle=(0, 1)):
+        self.clock.tick(now_us, idle, level=False)
+        self.clocks_us = tuple(self.clock.times_us.tolist())
+        return Derived([], [], [])
+
+    def leave_out(self, side, wall_us):
+        self.clock.leave_out(side, wall_us)
+
+
+def test_a_side_ages_by_time_that_passed_and_was_answered_for_and_by_the_rest_once_that_has_settled(tmp_path):
+    operator, now = Clocked(), SimpleNamespace(s=1_000.0, us=10**15)
+    logs = [{0: log(0, 3)}, {0: log(0, 3)}]
+    one = deriver(
+        Broker(), tmp_path, JOINED, logs, operators={"as_of_join": lambda number, states: operator}, ticking=True
+    )
+    one._monotonic_s, one._wall_us = lambda: now.s, lambda: now.us
+    one.start({0: 0})
+
+    def clocks_s(seconds, stepped_s=0):
+        now.s, now.us = now.s + seconds, now.us + (seconds + stepped_s) * SECOND_US
+        one.step()
+        return tuple(clock // SECOND_US for clock in operator.clocks_us)
+
+    assert clocks_s(0) == (0, 0)
+    assert clocks_s(10) == (10, 10)
+    one._sources[1].silent_s += 3_600
+    assert clocks_s(3_600) == (3_610, 10)
+    assert clocks_s(20) == (3_630, 30)
+    assert clocks_s(10, stepped_s=86_400) == (3_640, 40)
+    assert clocks_s(10, stepped_s=-2 * 86_400) == (3_650, 50)
+    one._sources[1].silent_s += 100
+    assert clocks_s(100) == (3_750, 50)
+    assert clocks_s(299) == (4_049, 349)
+    assert clocks_s(1) == (4_050, 4_050)
 
 
 def test_a_zombie_is_fenced_and_ends(tmp_path):

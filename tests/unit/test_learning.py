@@ -332,6 +332,9 @@ class Stub:
     def lag(self):
         return {0: 0}
 
+    def unanswered_s(self):
+        return {0: 0.0}
+
     def position(self, _):
         return 0
 

@@ -93,6 +93,7 @@ class Memory:
 
     def __init__(self, logs=HISTORY):
         self.logs, self.at, self.committed, self.turn, self.lost = logs, {}, {}, count(), {}
+        self.silent_s = 0.0
 
     def assign(self, partitions):
         self.at = {partition: self.at.get(partition, 0) for partition in partitions}
@@ -116,6 +117,9 @@ class Memory:
 
     def position(self, partition):
         return self.at[partition]
+
+    def unanswered_s(self):
+        return dict.fromkeys(self.at, self.silent_s)
 
     def lag(self):
         return {partition: len(self.logs[partition]) - at for partition, at in self.at.items()}
@@ -221,7 +225,7 @@ class World:
         folder.mkdir()
         shutil.copy(applied / "online.db", folder / "online.db")
         self.store = Store(config=config(folder, applied / "registry.db"))
-        self.wall, self.epochs = count(WALL_US), count(1)
+        self.wall, self.epochs, self.slept_s = count(WALL_US), count(1), 0.0
 
     def worker(self, steps: Steps | None = None, epoch=None, partitions=None, **options) -> Worker:
         steps = steps or Steps()
@@ -235,9 +239,9 @@ class World:
             rejects=steps.watch(Rejecting(self.rejects), "write"),
             checkpoints=steps.watch(CheckpointStore(self.uri), "claim", "save"),
             executor=options.pop("executor", None) or Inline(),
-            ticking=False,
+            ticking=options.pop("ticking", False),
             wall_us=lambda: next(self.wall),
-            monotonic_s=lambda: next(ticks) * 0.05,
+            monotonic_s=lambda: next(ticks) * 0.05 + self.slept_s,
             **options,
         )
         worker.start(dict.fromkeys(self.logs if partitions is None else partitions, epoch or next(self.epochs)))
@@ -405,16 +409,51 @@ def test_what_is_away_is_tried_again_and_nothing_is_lost(undisturbed, tmp_path, 
 
 def test_an_idle_partition_lets_its_values_fall(tmp_path, applied):
     world = World(tmp_path / "idle", applied, logs={0: [record("ann", 0, 7)]})
-    worker = world.worker()
-    worker._ticking = True
+    worker = world.worker(ticking=True)
     worker.step()
-    worker.flush()
-    assert world.store.get_online_features(["activity:edits"], [{"user": "ann"}]).to_dict()["edits"] == [1]
-    world.wall = count(next(world.wall) + 11 * MINUTE_US)
+    assert edits_of_ann(world, worker) == 1
+    world.slept_s += 11 * 60
+    assert edits_of_ann(world, worker) == 0
+
+
+def edits_of_ann(world, worker) -> int:
+    """What the online store says after some steps in which nothing comes."""
     for _ in range(20):
         worker.step()
     worker.flush()
-    assert world.store.get_online_features(["activity:edits"], [{"user": "ann"}]).to_dict()["edits"] == [0]
+    return world.store.get_online_features(["activity:edits"], [{"user": "ann"}]).to_dict()["edits"][0]
+
+
+@pytest.mark.parametrize("jump_s", [86_400, -86_400])
+def test_a_clock_that_jumps_while_a_partition_is_idle_changes_nothing(tmp_path, applied, jump_s):
+    world = World(tmp_path / "jump", applied, logs={0: [record("ann", 0, 7)]})
+    worker = world.worker(ticking=True)
+    worker.step()
+    clock_us = worker._held[0].partition.clock_us
+    world.wall = count(WALL_US + jump_s * 1_000_000)
+    assert edits_of_ann(world, worker) == 1
+    assert 0 < worker._held[0].partition.clock_us - clock_us < MINUTE_US
+    world.slept_s += 11 * 60
+    assert edits_of_ann(world, worker) == 0
+    world.logs[0].append(record("ann", 10, 7))
+    world.wall = count(WALL_US)
+    assert edits_of_ann(world, worker) == 1
+    assert worker._held[0].partition.counters.late == 0
+
+
+@pytest.mark.parametrize(("silent_s", "late"), [(7_200, 0), (0, 1)])
+def test_time_in_which_no_broker_answered_makes_nothing_late(tmp_path, applied, silent_s, late):
+    world = World(tmp_path / "outage", applied, logs={0: [record("ann", 0, 7)]})
+    worker = world.worker(ticking=True)
+    worker.step()
+    world.slept_s += 7_200
+    world.source.silent_s += silent_s
+    assert edits_of_ann(world, worker) == (1 if silent_s else 0)
+    world.logs[0].append(record("ann", 30, 7))
+    worker.step()
+    world.logs[0].append(record("ann", 29.5, 7))
+    assert edits_of_ann(world, worker) == 2 - 2 * late
+    assert worker._held[0].partition.counters.late == 2 * late
 
 
 def test_records_must_be_keyed_by_the_entity():
