@@ -25,7 +25,7 @@ from streaming.actor import Assignment, Settings, StreamActor, checkpoint_uri
 from streaming.changes import check_declared
 from streaming.checkpoint import CheckpointStore, StaleEpochError, check_uri
 from streaming.deriving.derivation import Derivation
-from streaming.deriving.topology import SupervisorError, check_partitions, input_topics, prepare, stages
+from streaming.deriving.topology import Growth, SupervisorError, input_topics, prepare, stages
 from streaming.plan import Plan
 from streaming.report import Report, beating, read_workers, write_workers
 from streaming.shares import Unit, deal
@@ -158,10 +158,11 @@ class Supervisor:
             for servers in {servers for servers, _ in topics}
         ]
         self._target, self._members = {}, {}
+        growth = Growth(list(self._stage.values()))
         self._scale()
         try:
             while not all(member.done for member in self._members.values()):
-                self._watch(watches)
+                self._watch(watches, growth)
         finally:
             for watch in watches:
                 watch.close()
@@ -225,7 +226,7 @@ class Supervisor:
         member.started_s = member.heard_s = time.monotonic()
         log.info("worker started", extra={"partitions": shares})
 
-    def _watch(self, watches: Sequence[TopicWatch]) -> None:
+    def _watch(self, watches: Sequence[TopicWatch], growth: Growth) -> None:
         """One turn: who ended, who must start or stop, what moves; status now and then."""
         active = {member.running: member for member in self._members.values() if member.running is not None}
         if active:
@@ -236,7 +237,7 @@ class Supervisor:
             time.sleep(WAIT_S)
         now_s = time.monotonic()
         if not self._stopping and not self._settings.until_caught_up:
-            self._follow(watches)
+            self._follow(watches, growth)
         if not self._stopping and not self._settings.by_group:
             self._settle()
         for member in self._members.values():
@@ -254,12 +255,13 @@ class Supervisor:
             self._ask()
             self._tell()
 
-    def _follow(self, watches: Sequence[TopicWatch]) -> None:
+    def _follow(self, watches: Sequence[TopicWatch], growth: Growth) -> None:
         """See whether there should be another number of workers or are other numbers of partitions."""
         workers = read_workers(self._home / "stream") or self._workers
-        grown: dict[str, int] = {}
+        found: dict[str, int] = {}
         for watch in watches:
-            grown |= {topic: count for topic, count in watch.look().items() if count > self._counts[topic]}
+            found |= watch.look()
+        grown = growth.follow(self._counts, found)
         for topic, count in grown.items():
             log.warning(
                 "the topic has more partitions: keys that moved to another partition start anew there, and their"
@@ -268,8 +270,6 @@ class Supervisor:
             )
         if grown or workers != self._workers:
             self._counts |= grown
-            for plan in self._stage.values():
-                check_partitions(plan, self._counts)
             self._workers = workers
             self._scale()
 

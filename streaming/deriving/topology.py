@@ -18,6 +18,7 @@ from streaming.topics import ensure_topics
 log = logging.getLogger(__name__)
 
 BROKER_S = 60.0
+GROWTH_S = 300.0
 DERIVED_BYTES = 8 << 20
 PARTITIONS = {topic.name: topic.partitions for topic in vars(events).values() if isinstance(topic, events.Topic)}
 
@@ -49,11 +50,58 @@ def check_partitions(plan: Plan | Derivation, counts: Mapping[str, int]) -> None
         SupervisorError: they have not.
     """
     topics = input_topics(plan)
-    if len({counts[topic] for topic in topics}) > 1:
+    if _differ(plan, counts):
         raise SupervisorError(
             f"Derived topic {plan.view!r} joins {topics[0]!r} with {counts[topics[0]]} partitions and {topics[1]!r}"
             f" with {counts[topics[1]]}: give both equally many, keyed by the field that they are joined on."
         )
+
+
+class Growth:
+    """Which topics may be read at the size to which they have grown, where those that are joined must grow alike.
+
+    Each is given more partitions by a command of its own, so joined ones differ for a while: they are then read at
+    their former size.
+
+    Args:
+        plans: what reads the topics.
+        monotonic_s: clock.
+    """
+
+    def __init__(self, plans: Sequence[Plan | Derivation], monotonic_s: Callable[[], float] = time.monotonic) -> None:
+        self._plans, self._monotonic_s = plans, monotonic_s
+        self._found: dict[str, int] = {}
+        self._since_s: dict[str, float] = {}
+
+    def follow(self, counts: Mapping[str, int], found: Mapping[str, int]) -> dict[str, int]:
+        """The topics that have grown and may be read so, each with its number of partitions.
+
+        Args:
+            counts: how many partitions are read.
+            found: how many there are now, as far as there is news.
+
+        Raises:
+            SupervisorError: joined topics have differed for five minutes.
+        """
+        self._found |= found
+        grown = {topic: count for topic, count in self._found.items() if count > counts[topic]}
+        uneven: list[Plan | Derivation] = []
+        while more := [plan for plan in self._plans if plan not in uneven and _differ(plan, {**counts, **grown})]:
+            uneven += more
+            waiting = {topic for plan in more for topic in input_topics(plan)}
+            grown = {topic: count for topic, count in grown.items() if topic not in waiting}
+        now_s = self._monotonic_s()
+        self._since_s = {plan.view: self._since_s.get(plan.view, now_s) for plan in uneven}
+        for plan in uneven:
+            sizes = {topic: max(counts[topic], self._found.get(topic, 0)) for topic in input_topics(plan)}
+            if now_s - self._since_s[plan.view] >= GROWTH_S:
+                check_partitions(plan, sizes)
+            elif self._since_s[plan.view] == now_s:
+                log.warning(
+                    "joined topics have different numbers of partitions: waiting until the other one has grown too",
+                    extra={"view": plan.view, "partitions": sizes, "at_most_s": GROWTH_S},
+                )
+        return grown
 
 
 def prepare(plans: Sequence[Plan | Derivation], stopping: Callable[[], bool]) -> dict[str, int]:
@@ -78,6 +126,10 @@ def prepare(plans: Sequence[Plan | Derivation], stopping: Callable[[], bool]) ->
             counts |= _make(plan, {plan.name: counts[plan.topic]}, stopping, configs)
             counts |= _make(plan, _rejects(plan.name), stopping)
     return counts
+
+
+def _differ(plan: Plan | Derivation, counts: Mapping[str, int]) -> bool:
+    return len({counts[topic] for topic in input_topics(plan)}) > 1
 
 
 def _rejects(topic: str) -> dict[str, int]:
