@@ -25,6 +25,7 @@ from ops.layout import REPOSITORY, binaries_folder
 from ops.ports import free_ports
 from streaming.consumer import Consumer
 from streaming.partition import Partition
+from streaming.report import read_views
 from streaming.simulators import bulk
 from streaming.views import plans
 from streaming.worker import RECORDS_A_BATCH
@@ -111,7 +112,7 @@ def _public_path(servers: str, conditions: str) -> Figure:
 
 
 def _live(servers: str, home: Path, conditions: str) -> Iterator[Figure]:
-    status = home / "stream" / "status.json"
+    status = home / "stream"
     at = f"{FRESHNESS_RATE_HZ:,.0f} events/s, 18 aggregates; {conditions}"
     with _job(home):
         start = _started(status)
@@ -136,7 +137,7 @@ def _live(servers: str, home: Path, conditions: str) -> Iterator[Figure]:
 def _fastest(servers: str, home: Path, conditions: str) -> Iterator[Figure]:
     at = f"--flush-ms {FASTEST_MS}, {FRESHNESS_RATE_HZ:,.0f} events/s, 18 aggregates; {conditions}"
     with _job(home, "--flush-ms", str(FASTEST_MS)):
-        start = _started(home / "stream" / "status.json")
+        start = _started(home / "stream")
         fresh = _freshness(servers, start)
         yield Figure("freshness p50, fastest setting", fresh.p50_ms, "ms", "lower", at)
         yield Figure("freshness p99, fastest setting", fresh.p99_ms, "ms", "lower", at, target=100)
@@ -168,15 +169,14 @@ def _job(home: Path, *options: str) -> Iterator[None]:
 
 def _rows(status: Path) -> list[dict[str, str]]:
     """What the worker last said of each partition; nothing while it has said nothing."""
-    report = json.loads(status.read_text()) if status.exists() else {"views": {}}
-    return list(report["views"].get("editor_activity", {}).values())
+    return list(read_views(status).get("editor_activity", {}).values())
 
 
 def _wait_for(status: Path, since: datetime) -> None:
     deadline = time.monotonic() + 120
     while not (rows := _rows(status)) or any(datetime.fromisoformat(row["heartbeat"]) < since for row in rows):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the stream job did not start in 120 s; see {status.parent.parent / 'job.log'}")
+            raise TimeoutError(f"the stream job did not start in 120 s; see {status.parent / 'job.log'}")
         time.sleep(0.2)
 
 

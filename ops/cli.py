@@ -1,15 +1,13 @@
 """The command `millrace`."""
 
 import argparse
-import json
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 from ops.environment import Environment
 from ops.layout import Layout, Ports, binaries_folder
@@ -106,7 +104,7 @@ def _status(_: argparse.Namespace, environment: Environment) -> int:
         table.add_row(row.name, row.state, str(row.pid or "-"), row.address, str(row.log or "-"))
     console = Console(width=None if sys.stdout.isatty() else 300, soft_wrap=True)
     console.print(table)
-    if lags := lag_lines(stack.layout.stream_status):
+    if lags := lag_lines(stack.layout.stream):
         console.print("\n" + "\n".join(lags), highlight=False)
     return int(any(row.state not in ("up", "external") for row in rows))
 
@@ -136,17 +134,15 @@ def _pass_on(command: str, words: list[str], environment: Environment) -> int:
     return subprocess.run(ray, env=os.environ | layout.variables(), check=False).returncode
 
 
-def lag_lines(status: Path) -> list[str]:
-    """Return a line a partition with what the stream worker last said about it; none where it never said anything."""
-    try:
-        report: Mapping[str, Any] = json.loads(status.read_text())
-    except (FileNotFoundError, ValueError):
-        return []
+def lag_lines(folder: Path) -> list[str]:
+    """Return a line a partition with what its worker last said about it, of all streams that run."""
+    from streaming.report import read_views
+
     return [
         f"{view} partition {partition}: lag {state['lag']}, processed {state['processed']}, "
         f"dead {state['dead']}, late {state['late']}, watermark {state.get('watermark') or '-'}, "
         f"checkpoint {state.get('checkpoint_age_s', '-')} s ago, worker {state.get('pid', '-')}"
-        for view, partitions in report.get("views", {}).items()
+        for view, partitions in read_views(folder).items()
         for partition, state in sorted(partitions.items(), key=lambda item: int(item[0]))
     ]
 

@@ -21,6 +21,7 @@ from ops import freshness, requests
 from ops.environment import Environment
 from ops.layout import REPOSITORY, Layout, Ports, binaries_folder
 from ops.ports import free_ports, is_free
+from streaming.report import read_views
 
 STEP_LIMIT_S = 1200.0
 CAUGHT_UP_S = 300.0
@@ -189,8 +190,7 @@ def _caught_up(layout: Layout, messages: int) -> dict[str, int]:
     """Wait until every message is accounted for and its rows are in the log, as a checkpoint says; returns counts."""
     deadline_s = time.monotonic() + CAUGHT_UP_S
     while time.monotonic() < deadline_s:
-        report = json.loads(layout.stream_status.read_text())
-        partitions = report["views"].get("editor_activity", {}).values()
+        partitions = read_views(layout.stream).get("editor_activity", {}).values()
         counts = {name: sum(row[name] for row in partitions) for name in ("processed", "dead", "late")}
         if sum(counts.values()) >= messages and all(row["offset"] == row["end"] for row in partitions):
             return counts

@@ -108,9 +108,9 @@ class Layout:
         return self.home / "ray-token"
 
     @property
-    def stream_status(self) -> Path:
-        """What the stream worker writes every few seconds."""
-        return self.home / "stream" / "status.json"
+    def stream(self) -> Path:
+        """Where streams say every second how they are."""
+        return self.home / "stream"
 
     def log(self, part: str) -> Path:
         """The log file of a part."""

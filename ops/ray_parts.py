@@ -1,7 +1,6 @@
 """The parts of the local stack that run on Ray: its head node, the Serve application and the stream job."""
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
@@ -20,12 +19,12 @@ from ops.layout import REPOSITORY, Layout, binaries_folder
 from ops.parts import ANSWER_S, Handle, PartError, answers_http, process_ended, process_id, require_free
 from ops.ports import LOOPBACK, free_ports
 from ops.process import DetachedProcess, tail
+from streaming.report import read_views
 
 SERVE_CONFIG = REPOSITORY / "serving" / "serve.yaml"
 STREAM_ENTRYPOINT = "python ray_jobs/stream_features.py"
 JOB_END_S = 30.0
 SERVE_END_S = 30.0
-HEARTBEAT_S = 30.0
 MINIMUM_CPUS = 4
 
 
@@ -209,7 +208,7 @@ class Stream:
 
     def __init__(self, layout: Layout, dashboard: httpx.Client) -> None:
         self.log = layout.log(self.name)
-        self.address = str(layout.stream_status)
+        self.address = str(layout.stream)
         self._layout = layout
         self._dashboard = dashboard
 
@@ -225,13 +224,8 @@ class Stream:
 
     def ready(self, handle: Handle) -> bool:
         """Whether the job runs and has said lately, since it was submitted, that it works on a view."""
-        try:
-            written_s = self._layout.stream_status.stat().st_mtime
-            views = json.loads(self._layout.stream_status.read_text())["views"]
-        except FileNotFoundError:
-            return False
-        fresh = written_s >= max(float(str(handle["submitted_s"])), time.time() - HEARTBEAT_S)
-        return fresh and bool(views) and self._status(handle) == "RUNNING"
+        views = read_views(self._layout.stream, since_s=float(str(handle["submitted_s"])))
+        return bool(views) and self._status(handle) == "RUNNING"
 
     def ended(self, handle: Handle) -> str | None:
         """Say how the job ended, with the end of its log."""

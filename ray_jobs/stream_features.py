@@ -9,7 +9,7 @@ import psutil
 from ops.environment import Environment
 from ops.jobs import JobError, add_repo, open_repo, parser, ray_session, run
 from streaming.logs import log_to_stderr
-from streaming.report import write_workers
+from streaming.report import scale
 from streaming.supervisor import Supervisor
 from streaming.views import derivations, plans
 from streaming.worker import FLUSH_S
@@ -21,7 +21,12 @@ def arguments() -> argparse.Namespace:
     add_repo(options)
     options.add_argument("--views", help="comma-separated stream feature views (default: all)")
     options.add_argument("--workers", type=int, default=1, help="actors that share the partitions (default 1)")
-    options.add_argument("--scale", type=int, metavar="N", help="let the running stream go on with N workers, and end")
+    options.add_argument(
+        "--scale",
+        type=int,
+        metavar="N",
+        help="let the running stream, with --views the one that computes them, go on with N workers, and end",
+    )
     options.add_argument(
         "--assignment",
         choices=["static", "group"],
@@ -61,18 +66,17 @@ def main() -> dict[str, object]:
     args = arguments()
     environment = Environment.read()
     environment.export()
+    views = [name.strip() for name in args.views.split(",") if name.strip()] if args.views else None
     if args.scale is not None:
         if args.scale < 1:
             raise JobError(f"A stream needs at least one worker, not {args.scale}.")
-        write_workers(environment.home / "stream", args.scale)
-        return {"workers": args.scale}
+        return {"workers": args.scale, "job": scale(environment.home / "stream", args.scale, views)}
     if args.flush_ms < 0:
         raise JobError(f"--flush-ms must not be below 0: it is {args.flush_ms:g}.")
     max_state_mb = args.max_state_mb or (psutil.virtual_memory().total >> 21) // max(1, args.workers)
     store = open_repo(args.repo)
     log_to_stderr()
     logging.getLogger("streaming").info("starting", extra={"repo": str(store.repo_path), "home": str(environment.home)})
-    views = [name.strip() for name in args.views.split(",") if name.strip()] if args.views else None
     servers = environment.kafka_bootstrap_servers
     compiled = plans(store, views, servers)
     supervisor = Supervisor(

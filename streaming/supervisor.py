@@ -1,10 +1,10 @@
 """Spreads the partitions of all views over worker actors, starts killed ones again, and tells how it goes.
 
 A restarted worker gets a newer epoch, so the one that it replaces can write nothing more should it still live.
-Under the home's `stream` folder lie `status.json` (rewritten every second: views, partitions, lags, counts,
-heartbeats), `prometheus.json` (where the workers serve their metrics, for Prometheus' file_sd_configs) and `workers`:
-how many there should be; who writes another number there changes it while the stream runs. A partition that moves is
-let go by its worker, which flushes and checkpoints it, before another one takes it.
+Under the home's `stream` folder each job has files of its own (`report`): how its partitions are, every second, where
+its workers serve their metrics, for Prometheus' file_sd_configs, and how many there should be; who writes another
+number there changes it while the stream runs. A partition that moves is let go by its worker, which flushes and
+checkpoints it, before another one takes it.
 
 Derived topics are computed beside the views that read them; where a run ends when it is caught up, before them, since a
 view that has read all that is there cannot know what is still to come.
@@ -27,7 +27,7 @@ from streaming.checkpoint import CheckpointStore, StaleEpochError, check_uri
 from streaming.deriving.derivation import Derivation
 from streaming.deriving.topology import Growth, SupervisorError, input_topics, prepare, stages
 from streaming.plan import Plan
-from streaming.report import Report, beating, read_workers, write_workers
+from streaming.report import Report, beating
 from streaming.shares import Unit, deal
 from streaming.topics import TopicWatch
 from streaming.worker import FLUSH_S
@@ -70,7 +70,7 @@ class Supervisor:
     Args:
         store: the Feast store of the views.
         plans: what to compute; derivations before what reads them.
-        home: folder under which `status.json` is kept.
+        home: folder under which the files of `Report` are kept.
         checkpoints: absolute path or URI of the folder where checkpoints are kept; default: one under the home.
         reset: views and derivations whose checkpoints are set aside first, so that they start from the earliest offset.
         workers: how many actors share the partitions; not more are started than there are partitions.
@@ -115,7 +115,7 @@ class Supervisor:
         uri = check_uri(checkpoints or checkpoint_uri(self._home))
         self._settings = Settings(str(self._home), uri, flush_s, until_caught_up, by_group, max_state_bytes)
         self._checkpoints = CheckpointStore(uri)
-        self._report = Report(self._home / "stream")
+        self._report = Report(self._home / "stream", self._plans)
         self._counts: dict[str, int] = {}
         self._members: dict[int, _Member] = {}
         self._ended_statuses: list[dict[str, dict[int, dict[str, Any]]]] = []
@@ -138,12 +138,15 @@ class Supervisor:
             log.warning("checkpoints set aside", extra={"view": name, "folders": self._checkpoints.reset(name)})
         for plan in plans:
             check_declared(self._checkpoints, plan, self._checkpoints.partitions(plan.view))
-        self._counts = prepare(plans, lambda: self._stopping)
-        write_workers(self._home / "stream", self._workers)
-        for stage in stages(plans) if self._settings.until_caught_up else [plans]:
-            if not self._stopping:
-                self._stage = {plan.view: plan for plan in stage}
-                self._compute()
+        self._report.begin(self._workers)
+        try:
+            self._counts = prepare(plans, lambda: self._stopping)
+            for stage in stages(plans) if self._settings.until_caught_up else [plans]:
+                if not self._stopping:
+                    self._stage = {plan.view: plan for plan in stage}
+                    self._compute()
+        finally:
+            self._report.end()
         return self._report.totals(self._plans, self._ended_statuses)
 
     def stop(self) -> None:
@@ -257,7 +260,7 @@ class Supervisor:
 
     def _follow(self, watches: Sequence[TopicWatch], growth: Growth) -> None:
         """See whether there should be another number of workers or are other numbers of partitions."""
-        workers = read_workers(self._home / "stream") or self._workers
+        workers = self._report.workers() or self._workers
         found: dict[str, int] = {}
         for watch in watches:
             found |= watch.look()

@@ -19,6 +19,7 @@ from kafka import KafkaConsumer, TopicPartition
 from ops import requests
 from ops.broker import Broker, answers
 from ops.ports import free_ports
+from streaming.report import read_views
 
 pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +33,7 @@ def wait_until(condition, limit_s, what):
 
 
 def stream_rows(demonstration):
-    report = json.loads(demonstration.layout.stream_status.read_text())
-    return list(report["views"]["editor_activity"].values())
+    return list(read_views(demonstration.layout.stream)["editor_activity"].values())
 
 
 def test_demonstration_shows_every_part_at_work(demonstration):

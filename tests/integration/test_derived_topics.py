@@ -31,6 +31,7 @@ from streaming.deriving.deriver import Deriver
 from streaming.deriving.rekeying import Rekeying
 from streaming.deriving.transactions import Transactions, group
 from streaming.rejects import RejectLog
+from streaming.report import read_views
 from streaming.supervisor import Supervisor
 from streaming.topics import ensure_topics
 from streaming.views import derivations, plans
@@ -260,10 +261,9 @@ def test_features_over_a_rekeyed_topic_equal_pandas_after_sigkills_in_the_middle
     supervisor = Supervisor(store, [*needed, *compiled], home=tmp_path / "home", workers=2)
     result: dict = {}
     thread = threading.Thread(target=lambda: result.update(supervisor.run()))
-    status_path = tmp_path / "home" / "stream" / "status.json"
 
     def status(name: str) -> dict[str, dict]:
-        return json.loads(status_path.read_text())["views"].get(name, {}) if status_path.exists() else {}
+        return read_views(tmp_path / "home" / "stream").get(name, {})
 
     chunks = np.array_split(frame, 24)
     producing = threading.Thread(

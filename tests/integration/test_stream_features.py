@@ -11,7 +11,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,8 +28,9 @@ from feast.types import Float64, Int64, String
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
 from streaming import topics
+from streaming.deriving.topology import SupervisorError
 from streaming.rejects import identity
-from streaming.report import write_workers
+from streaming.report import read_views, scale
 from streaming.supervisor import Supervisor
 from streaming.topics import ensure_topics
 from streaming.views import plans
@@ -177,12 +178,9 @@ def test_values_after_sigkill_of_the_worker_equal_brute_force(kafka, ray_local, 
     supervisor = Supervisor(store, plans(store, None), home=tmp_path / "home", workers=1)
     result: dict = {}
     thread = threading.Thread(target=lambda: result.update(supervisor.run()))
-    status_path = tmp_path / "home" / "stream" / "status.json"
 
     def status() -> list[dict]:
-        if not status_path.exists():
-            return []
-        return list(json.loads(status_path.read_text())["views"].get("activity", {}).values())
+        return list(read_views(tmp_path / "home" / "stream").get("activity", {}).values())
 
     def processed() -> int:
         return sum(row["processed"] for row in status())
@@ -251,9 +249,8 @@ def test_the_job_runs_somebody_elses_repository_until_caught_up(kafka, tmp_path)
         found = read(kafka, f"{topic}.{kind}", count)
         assert len({identity(record.headers) for record in found}) == count
         assert all(dict(record.headers)["reason"] for record in found)
-    assert datetime.now(UTC) - datetime.fromisoformat(
-        json.loads((tmp_path / "home" / "stream" / "status.json").read_text())["updated"]
-    ) < timedelta(minutes=1)
+    (row,) = read_views(tmp_path / "home" / "stream")["activity"].values()
+    assert row["processed"] == 1_000
 
 
 def test_a_job_whose_ray_dies_ends_and_the_next_one_goes_on(kafka, tmp_path):
@@ -261,14 +258,17 @@ def test_a_job_whose_ray_dies_ends_and_the_next_one_goes_on(kafka, tmp_path):
     store = foreign_repo(repo, topic, kafka, "sqlite", integer_key=False)
     environ = os.environ | {"MILLRACE_HOME": str(tmp_path / "home"), "RAY_AUTH_TOKEN": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "ray_jobs/stream_features.py", "--repo", str(repo)]
-    status = tmp_path / "home" / "stream" / "status.json"
+
+    def rows() -> list[dict]:
+        return list(read_views(tmp_path / "home" / "stream").get("activity", {}).values())
+
     ensure_topics(kafka, {topic: 1})
     frame = edits(1_000, 50, integer_key=False, partitions=1)
     produce(kafka, topic, frame[:600])
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(lambda: status.exists() and '"processed": 600' in status.read_text(), "the first events")
+        wait_for(lambda: [row["processed"] for row in rows()] == [600], "the first events")
         next(one for one in psutil.Process(job.pid).children() if one.name() == "raylet").kill()
         assert job.wait(120) == 2
     finally:
@@ -300,12 +300,9 @@ def test_partitions_that_move_during_a_replay_lose_nothing_and_count_nothing_twi
     supervisor = Supervisor(store, plans(store, None), home=tmp_path / "home", workers=1, by_group=by_group)
     result: dict = {}
     thread = threading.Thread(target=lambda: result.update(supervisor.run()))
-    status_path = tmp_path / "home" / "stream" / "status.json"
 
     def status() -> list[dict]:
-        if not status_path.exists():
-            return []
-        return list(json.loads(status_path.read_text())["views"].get("activity", {}).values())
+        return list(read_views(tmp_path / "home" / "stream").get("activity", {}).values())
 
     def processed() -> int:
         return sum(row["processed"] for row in status())
@@ -319,12 +316,12 @@ def test_partitions_that_move_during_a_replay_lose_nothing_and_count_nothing_twi
         wait_for(lambda: len(status()) == 3, "the first worker")
         producing.start()
         wait_for(lambda: processed() > 500, "the first events")
-        write_workers(tmp_path / "home" / "stream", 2)
+        scale(tmp_path / "home" / "stream", 2)
         wait_for(lambda: owners() == 2, "a second worker")
         KafkaAdminClient(bootstrap_servers=kafka).create_partitions({topic: 4})
         wait_for(lambda: len(status()) == 4, "the new partition")
         produce(kafka, topic, frame[late_partition])
-        write_workers(tmp_path / "home" / "stream", 1)
+        scale(tmp_path / "home" / "stream", 1)
         wait_for(lambda: len(status()) == 4 and owners() == 1, "one worker again")
         producing.join()
         wait_for(lambda: processed() == 9_000, "all events")
@@ -347,6 +344,46 @@ def test_partitions_that_move_during_a_replay_lose_nothing_and_count_nothing_twi
     assert online(store, sorted(expected)) == expected
     assert newest_offline(repo) == expected
     assert overlapping(repo) == []
+
+
+def test_a_second_job_over_the_same_view_takes_it_and_the_first_ends_with_a_sentence(kafka, ray_local, tmp_path):
+    repo, topic = tmp_path / "repo", "computed-twice"
+    store = foreign_repo(repo, topic, kafka, "streaming.sinks.GuardedSqliteOnlineStore", integer_key=False)
+    ensure_topics(kafka, {topic: 1})
+    frame = edits(1_000, 50, integer_key=False, partitions=1)
+    produce(kafka, topic, frame[:500])
+    errors: list[str] = []
+
+    def run(supervisor: Supervisor) -> None:
+        try:
+            supervisor.run()
+        except SupervisorError as error:
+            errors.append(str(error))
+
+    def rows() -> list[dict]:
+        return list(read_views(tmp_path / "home" / "stream").get("activity", {}).values())
+
+    made = [Supervisor(store, plans(store, None), home=tmp_path / "home") for _ in range(2)]
+    threads = [threading.Thread(target=run, args=(one,)) for one in made]
+    try:
+        threads[0].start()
+        wait_for(lambda: [row["offset"] for row in rows()] == [500], "the first job's checkpoint")
+        threads[1].start()
+        wait_for(lambda: [row["epoch"] for row in rows() if row["epoch"] == 2], "the second job")
+        produce(kafka, topic, frame[500:])
+        threads[0].join(timeout=60)
+        assert not threads[0].is_alive()
+        (error,) = errors
+        assert re.match("Another job computes the same view: Partition 0 of .* was taken over by epoch 2", error)
+        wait_for(lambda: [(row["epoch"], row["offset"]) for row in rows()] == [(2, 1_000)], "the second job's end")
+    finally:
+        for one, thread in zip(made, threads, strict=True):
+            one.stop()
+            if thread.ident:
+                thread.join(timeout=60)
+    expected = brute_force(frame)
+    assert online(store, sorted(expected)) == expected
+    assert newest_offline(repo) == expected
 
 
 def overlapping(folder: Path) -> list:

@@ -35,6 +35,7 @@ from ops.broker import Broker
 from ops.ports import free_ports
 from streaming.derived import interval_join
 from streaming.rejects import identity
+from streaming.report import read_views
 from streaming.topics import ensure_topics
 
 ROOT = Path(__file__).parents[2]
@@ -195,11 +196,8 @@ class Stream:
 
     def rows(self) -> dict[str, list[dict]]:
         """What it says of the partitions of a view or join."""
-        try:
-            status = json.loads((self._folder / "home" / "stream" / "status.json").read_text())
-        except FileNotFoundError:
-            return {}
-        return {name: list(partitions.values()) for name, partitions in status["views"].items()}
+        views = read_views(self._folder / "home" / "stream")
+        return {name: list(partitions.values()) for name, partitions in views.items()}
 
     def total(self, view: str, figure: str) -> int:
         return sum(row[figure] for row in self.rows().get(view, []))

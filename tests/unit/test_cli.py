@@ -55,14 +55,20 @@ def test_status_without_a_stack_shows_every_part_as_down(home: Path, capsys: pyt
 
 
 def test_status_shows_the_lag_that_the_stream_worker_reported(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = Layout(home).stream_status
-    status.parent.mkdir(parents=True)
+    folder = Layout(home).stream
+    folder.mkdir(parents=True)
     figures = {"lag": 5, "processed": 100, "dead": 2, "late": 1, "offset": 103, "end": 108}
-    status.write_text(json.dumps({"views": {"editor_activity": {"10": figures, "2": figures}}}))
+    views = {"editor_activity": {"10": figures, "2": figures}}
+    (folder / "status-one.json").write_text(json.dumps({"views": views}))
+    (folder / "status-other.json").write_text(json.dumps({"views": {"other": {"0": figures}}}))
+    (folder / "status-gone.json").write_text(json.dumps({"views": {"gone": {"0": figures}}}))
+    os.utime(folder / "status-gone.json", (0, 0))
     cli.main(["status"])
     shown = capsys.readouterr().out
     assert "editor_activity partition 10: lag 5, processed 100, dead 2, late 1" in shown
     assert shown.index("partition 2:") < shown.index("partition 10:")
+    assert "other partition 0" in shown
+    assert "gone" not in shown
 
 
 def test_env_is_evaluated_by_a_shell(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

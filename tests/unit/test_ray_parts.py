@@ -12,7 +12,8 @@ import pytest
 from ops.layout import Layout, Ports
 from ops.parts import PartError
 from ops.ports import free_ports
-from ops.ray_parts import HEARTBEAT_S, Ray, Serve, Stream, dashboard_client
+from ops.ray_parts import Ray, Serve, Stream, dashboard_client
+from streaming.report import SILENT_S
 
 
 def dashboard(*answers: tuple[int, Any]) -> tuple[httpx.Client, list[httpx.Request]]:
@@ -40,10 +41,10 @@ def layout(home: Path) -> Layout:
 
 
 def report(layout: Layout, views: dict[str, Any], age_s: float = 0.0, now_s: float = 0.0) -> None:
-    layout.stream_status.parent.mkdir(parents=True, exist_ok=True)
-    layout.stream_status.write_text(json.dumps({"views": views}))
+    layout.stream.mkdir(parents=True, exist_ok=True)
+    (layout.stream / "status-job.json").write_text(json.dumps({"views": views}))
     if now_s:
-        os.utime(layout.stream_status, (now_s - age_s, now_s - age_s))
+        os.utime(layout.stream / "status-job.json", (now_s - age_s, now_s - age_s))
 
 
 def test_the_token_is_its_owners_alone_stays_and_goes_with_every_request(layout: Layout) -> None:
@@ -112,7 +113,7 @@ def test_the_stream_is_ready_once_its_job_reports_a_view(layout: Layout, monkeyp
     assert not stream.ready(handle)  # it never reported
     report(layout, {}, now_s=now_s)
     assert not stream.ready(handle)  # its workers did not
-    report(layout, {"v": {"0": {}}}, age_s=HEARTBEAT_S + 1, now_s=now_s)
+    report(layout, {"v": {"0": {}}}, age_s=SILENT_S + 1, now_s=now_s)
     assert not stream.ready(handle)  # too long ago
     report(layout, {"v": {"0": {}}}, age_s=5, now_s=now_s)
     assert not stream.ready(handle | {"submitted_s": now_s - 1})  # that was another job
