@@ -129,7 +129,7 @@ class Consumer:
             raise OffsetError(
                 f"Topic {self.topic!r} partition {at.partition} no longer holds what was read of it up to offset"
                 f" {self.position(at.partition)}: the topic was deleted and made again, or a broker lost records;"
-                " remove the checkpoints of its views to start anew."
+                " start its views anew with --reset."
             ) from error
         batches: list[RecordBatch] = []
         for parts in found:
