@@ -8,8 +8,9 @@ import numpy.typing as npt
 
 from streaming import partials, sketches
 from streaming.compile_kernels import inlined, kernel
+from streaming.keys import Places
 from streaming.memory import LINE_BYTES, address, lines, prefetch
-from streaming.partials import CELL, SKETCH
+from streaming.partials import CELL, CODE, COLUMN, COUNT_CELL, FIRST, LAST, SKETCH
 from streaming.plan import Aggregate
 from streaming.records import Floats, Ints
 from streaming.sketches import Pools
@@ -94,6 +95,21 @@ class Cells:
         self.rows[rows, : self._heads] = 0.0
         self.rows[rows, self._heads : self._end] = cells
         return rows
+
+    def texts(self, rows: Ints, column: int) -> list[Places]:
+        """Where some rows, each given once, name texts of a column."""
+        places = []
+        for operation in self.layout.operations.tolist():
+            if operation[COLUMN] != column:
+                continue
+            cell = self._heads + operation[CELL]
+            if operation[CODE] in (FIRST, LAST):
+                holding = rows[self.rows[rows, self._heads + operation[COUNT_CELL]] > 0.0]
+                places.append(Places(self.rows, (holding, np.full(len(holding), cell + 1))))
+            elif operation[SKETCH] == sketches.TOP:
+                blocks = self.rows[rows, cell].astype(np.int64)
+                places.append(sketches.top_values(self.pools.top, blocks[blocks > 0]))
+        return places
 
     @property
     def _sketches(self) -> list[tuple[int, int]]:

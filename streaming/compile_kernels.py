@@ -6,6 +6,7 @@ loads it in about two seconds of CPU instead of compiling for thirty.
 
 import functools
 import hashlib
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,10 +70,11 @@ def compile_all() -> None:
         {"kind": "lifetime"},
     )
     keys: tuple[tuple[str, EntityType], ...] = (("id", "int64"), ("user", "string"))
-    for shape in shapes:
+    for shape, clocks in itertools.product(shapes, ("partition", "key")):
         for entity, entity_type in keys:
             aggregates = tuple(Aggregate(function, column, function, **shape) for column, function in functions)
-            plan = Plan("warm_up", "", "", entity, entity_type, "time", columns, aggregates, delay_us=0)
+            timing: dict[str, Any] = {"delay_us": 0, "clocks": clocks, "idle_ttl_us": 1}
+            plan = Plan("warm_up", "", "", entity, entity_type, "time", columns, aggregates, **timing)
             partition = Partition(plan, 0)
             partition.process(batch, now_us=0)
             partition.emit()

@@ -241,6 +241,7 @@ def _computed(plan: Plan, events: pa.Table, end_us: int, output: Output) -> pa.T
         for _ in partition.add(columns, offsets, 0):
             partition.mark()
         tables.append(table(plan, partition.take(), output))
+        partition.shrink()
         first += batch.num_rows
     partition.tick(end_us - partition.clock_us)
     tables.append(table(plan, partition.emit(), output))

@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
+from streaming.keys import Places
 from streaming.last_events import LastEvents
 from streaming.plan import Aggregate, Plan
 from streaming.records import Bools, Floats, Ints
@@ -14,9 +15,10 @@ _LIFETIME_GRAIN_US = 60_000_000
 
 
 class Frame(Protocol):
-    """Windows of one shape over all entities: `Panes`, `Sessions` or `LastEvents`."""
+    """Windows of one shape over all entities: `Panes`, `Sessions` or `LastEvents`; `lasting` ones never end."""
 
     readings: tuple[Reading, ...]
+    lasting: bool
 
     @property
     def held(self) -> int: ...  # noqa: D102
@@ -24,11 +26,12 @@ class Frame(Protocol):
     def reserve(self, keys: int, events: int) -> None: ...  # noqa: D102
     def closed(self, times: Ints, marks: Ints) -> Bools: ...  # noqa: D102
     def add(  # noqa: D102
-        self, ids: Ints, times: Ints, marks: Ints, values: Floats, present: Bools, due_us: Ints
+        self, ids: Ints, times: Ints, marks: Ints, values: Floats, present: Bools, anew: Bools, due_us: Ints
     ) -> None: ...
     def merge(self, ids: Ints, moments_us: Ints, due_us: Ints) -> Floats: ...  # noqa: D102
     def empty(self, keys: int, mark_us: int) -> Bools: ...  # noqa: D102
     def keep(self, ids: Ints) -> None: ...  # noqa: D102
+    def texts(self, column: int) -> list[Places]: ...  # noqa: D102
     def state(self, ids: Ints) -> list[npt.NDArray[Any]]: ...  # noqa: D102
     def restore(self, ids: Ints, arrays: list[npt.NDArray[Any]]) -> None: ...  # noqa: D102
 

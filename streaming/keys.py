@@ -1,6 +1,7 @@
 """Dense ids for entities: the first entity seen is 0, the next new one 1, so that state can live in plain arrays."""
 
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,13 @@ _FINAL_PRIME = np.uint64(0xFF51AFD7ED558CCD)
 _HALF = np.uint64(32)
 _AHEAD = 16
 _POSITIVE = np.uint64(0x7FFFFFFFFFFFFFFF)
+
+
+class Places(NamedTuple):
+    """The numbers of texts in an array of floats: `array[at]`."""
+
+    array: Floats
+    at: tuple[Ints, ...]
 
 
 class KeyIndex:
@@ -97,6 +105,19 @@ class KeyIndex:
         _gather(self._text, self._starts, ids, offsets, text)
         index.extend(text, offsets)
         return index
+
+    def without_unused(self, places: Sequence[Places]) -> "KeyIndex":
+        """An index of the texts that some places name, whose numbers there are changed; this one where most are."""
+        used = np.zeros(self._count, dtype=np.bool_)
+        for array, at in places:
+            used[array[at].astype(np.int64)] = True
+        ids = np.flatnonzero(used)
+        if 2 * len(ids) >= self._count:
+            return self
+        numbers = np.cumsum(used) - 1
+        for array, at in places:
+            array[at] = numbers[array[at].astype(np.int64)]
+        return self.kept(ids)
 
     def _reserve(self, more: int, more_bytes: int) -> None:
         """Makes room for new entities: the table stays at most half full."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from streaming import partials
 from streaming.cells import grown
 from streaming.compile_kernels import kernel
+from streaming.keys import Places
 from streaming.partials import CELL, COUNT_CELL, SKETCH, Estimates
 from streaming.plan import Aggregate
 from streaming.records import Bools, Floats, Ints
@@ -25,6 +26,8 @@ class LastEvents:
     Args:
         aggregates: Those of one N, each with its column of the plan.
     """
+
+    lasting = True
 
     def __init__(self, aggregates: Sequence[tuple[int, Aggregate]]) -> None:
         self._size = aggregates[0][1].size
@@ -57,9 +60,14 @@ class LastEvents:
         """No event [N] is too late to be among the last."""
         return np.zeros(len(times), dtype=np.bool_)
 
-    def add(self, ids: Ints, times: Ints, marks: Ints, values: Floats, present: Bools, due_us: Ints) -> None:
-        """Adds N events in order, but for those of id -1 and those older than N others."""
-        _add(ids, times, values, present, self._counts, self._times, self._values, self._present)
+    def add(
+        self, ids: Ints, times: Ints, marks: Ints, values: Floats, present: Bools, anew: Bools, due_us: Ints
+    ) -> None:
+        """Adds N events in order, but for those of id -1 and those older than N others.
+
+        Those that begin `anew` (empty for none) are the first of their entity.
+        """
+        _add(ids, times, values, present, anew, self._counts, self._times, self._values, self._present)
 
     def merge(self, ids: Ints, moments_us: Ints, due_us: Ints) -> Floats:
         """The outputs [M, O] of the last events; they change by events only, so `due_us` stays."""
@@ -80,6 +88,14 @@ class LastEvents:
         self._counts, self._times = self._counts[ids], self._times[ids]
         self._values, self._present = self._values[ids], self._present[ids]
 
+    def texts(self, column: int) -> list[Places]:
+        """Where events name texts of a column."""
+        if column not in self._layout.ranges:
+            return []
+        held = self._present[:, :, column] & (np.arange(self._size) < self._counts[:, None])
+        key, place = np.nonzero(held)
+        return [Places(self._values, (key, place, np.full(len(key), column)))]
+
     def state(self, ids: Ints) -> list[npt.NDArray[Any]]:
         """The arrays of some entities, for `restore`."""
         return [self._counts[ids], self._times[ids], self._values[ids], self._present[ids]]
@@ -95,6 +111,7 @@ def _add(
     times: Ints,
     values: Floats,
     present: Bools,
+    anew: Bools,
     counts: Ints,
     held_times: Ints,
     held_values: Floats,
@@ -105,6 +122,8 @@ def _add(
         key = ids[row]
         if key < 0:
             continue
+        if len(anew) and anew[row]:
+            counts[key] = 0
         at = counts[key]
         while at > 0 and held_times[key, at - 1] > times[row]:
             at -= 1

@@ -19,6 +19,7 @@ from streaming.cells import grown
 from streaming.compile_kernels import kernel
 from streaming.decode import Columns
 from streaming.frames import frames, grain_us
+from streaming.idleness import Idleness
 from streaming.key_clocks import KeyClocks
 from streaming.keys import KeyIndex
 from streaming.memory import address, prefetch
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
     from streaming.learning import Models
 
 _CHANGED_US = -NEVER_US
-_FEW_KEYS = 10_000
+_FEW = 10_000
 _AHEAD = 16
 _NONE = np.zeros(0, dtype=np.int64)
+_NO_EVENT = np.zeros(0, dtype=np.bool_)
 
 
 class Counters(NamedTuple):
@@ -44,6 +46,28 @@ class Counters(NamedTuple):
     dead: int
     late: int
     keys: int
+
+
+class _Judged(NamedTuple):
+    """What is known of N records before any is added.
+
+    Attributes:
+        known: The entity that each updates, also of those that are late by the entity's own clock, else -1.
+        ids: The same without any that are late.
+        clocks: The clock of the partition.
+        marks: The watermark.
+        late: Those that are.
+        newest: The largest event time of the partition; empty where no entity is forgotten by its idleness.
+        anew: Which ones begin their entity anew; empty where `newest` is.
+    """
+
+    known: Ints
+    ids: Ints
+    clocks: Ints
+    marks: Ints
+    late: Bools
+    newest: Ints
+    anew: Bools
 
 
 class _Marked(NamedTuple):
@@ -85,10 +109,13 @@ class Partition:
         self._shortest_us = min(grain_us(aggregate) for aggregate in plan.aggregates)
         self._final = plan.emission == "final"
         self._clocks = KeyClocks() if plan.clocks == "key" else None
+        forgets = plan.idle_ttl_us and (self._clocks is not None or any(frame.lasting for frame in self._frames))
+        self._idleness = Idleness(plan.idle_ttl_us) if forgets else None
         self._due_us = np.zeros(0, dtype=np.int64)
-        self._seen_us = np.zeros(0, dtype=np.int64)
         self._changed = np.zeros(0, dtype=np.bool_)
         self._note_told()
+        self._renumbered = False
+        self._kept = 0
         self._marked: list[_Marked] = []
 
     @property
@@ -165,7 +192,8 @@ class Partition:
         mine = np.ones(len(offsets), dtype=np.bool_) if mine is None else mine
         future = columns.readable & (columns.times > now_us + self.plan.future_us)
         seen = columns.readable & ~future
-        ids, clocks, marks, late = self._judge(columns, seen, mine & columns.kept)
+        judged = self._judge(columns, seen, mine & columns.kept)
+        clocks, marks, late = judged.clocks, judged.marks, judged.late
         rejects = self._refusals(offsets, "dead", future & mine, columns.times, np.full(len(marks), now_us))
         rejects += self._refusals(offsets, "late", late, columns.times, marks)
         rejects.sort(key=lambda reject: reject.offset)
@@ -181,7 +209,7 @@ class Partition:
             if self._models is not None:
                 followed = start + np.flatnonzero(seen[rows] & columns.kept[rows])
                 self.drifts = self._models.follow(columns, followed, offsets, self.partition)
-            self._fill(ids[rows], columns.times[rows], marks[rows], columns.values[rows], columns.present[rows], now_us)
+            self._fill(columns, judged, rows, now_us)
             if seen[rows].any():
                 self.clock_us = int(clocks[end - 1])
                 self._last_event_clock_us, self._last_event_now_us = self.clock_us, now_us
@@ -250,8 +278,9 @@ class Partition:
         return self.emit()
 
     def snapshot(self) -> bytes:
-        """The whole state as bytes; equal histories give equal bytes. Entities without any state left are forgotten."""
+        """The whole state as bytes; equal histories give equal bytes. What nothing needs is forgotten before."""
         self.forget()
+        self._renumbered = False
         known = np.arange(len(self._keys))
         arrays: list[Any] = [*self._keys.state(), *self._own(known)]
         for index in self._texts.values():
@@ -259,12 +288,41 @@ class Partition:
         return self._packed("snapshot", arrays, known)
 
     def delta(self) -> bytes:
-        """What changed since the last snapshot or delta of this object."""
+        """What changed since the last snapshot or delta of this object.
+
+        Raises:
+            StateError: Something was renumbered since, so that the state must be saved whole.
+        """
+        if self._renumbered:
+            raise StateError(f"Partition {self.partition} of view '{self.plan.view}' has to be saved whole.")
         ids = np.flatnonzero(self._changed[: len(self._keys)])
         arrays: list[Any] = [*self._keys.state(self._told_keys), ids, *self._own(ids)]
         for at, index in self._texts.items():
             arrays += index.state(self._told_texts[at])
         return self._packed("delta", arrays, ids)
+
+    def forget(self) -> None:
+        """Renumbers entities, then texts, that still matter: once more than half of many do not, and no number waits.
+
+        What is saved next must be a snapshot.
+        """
+        if self._marked:
+            return
+        known = len(self._keys)
+        if known >= _FEW:
+            gone = self._gone(known)
+            if 2 * int(gone.sum()) > known:
+                self._keep(np.flatnonzero(~gone))
+        for column, index in self._texts.items():
+            if len(index) >= _FEW:
+                self._texts[column] = index.without_unused([p for frame in self._frames for p in frame.texts(column)])
+                self._renumbered |= self._texts[column] is not index
+
+    def shrink(self) -> None:
+        """Calls `forget` once entities and texts are twice as many as after the last time: for who saves no state."""
+        if not self._marked and self._numbered >= 2 * self._kept:
+            self.forget()
+            self._kept = self._numbered
 
     @classmethod
     def restore(
@@ -287,20 +345,32 @@ class Partition:
             restored._take(header, arrays)
         return restored
 
-    def _judge(self, columns: Columns, seen: Bools, wanted: Bools) -> tuple[Ints, Ints, Ints, Bools]:
-        """Of N records the ids of the entities that they update (else -1), clock and watermark at each, and if late."""
+    @property
+    def _numbered(self) -> int:
+        return len(self._keys) + sum(len(index) for index in self._texts.values())
+
+    def _judge(self, columns: Columns, seen: Bools, wanted: Bools) -> _Judged:
         times = columns.times
         clocks = np.maximum.accumulate(np.where(seen, np.maximum(times, self.clock_us), self.clock_us))
         if self._clocks is not None:
-            ids = self._identify(columns, seen & wanted)
-            marks = self._clocks.marks(ids, times) - self.plan.delay_us
+            known = self._identify(columns, seen & wanted)
+            newest, anew = self._returns(known, times, seen)
+            marks = self._clocks.marks(known, times, anew) - self.plan.delay_us
             late = seen & wanted & self.closed(times, marks)
-            return np.where(late, -1, ids), clocks, marks, late
+            return _Judged(known, np.where(late, -1, known), clocks, marks, late, newest, anew)
         marks = clocks - self.plan.delay_us
         late = seen & wanted & (times < marks)
         if late.any():
             late &= self.closed(times, marks)
-        return self._identify(columns, seen & wanted & ~late), clocks, marks, late
+        ids = self._identify(columns, seen & wanted & ~late)
+        return _Judged(ids, ids, clocks, marks, late, *self._returns(ids, times, seen))
+
+    def _returns(self, ids: Ints, times: Ints, seen: Bools) -> tuple[Ints, Bools]:
+        """`newest` and `anew` of the events [N] of some entities."""
+        if self._idleness is None:
+            return _NONE, _NO_EVENT
+        newest = self._idleness.newest(times, seen)
+        return newest, self._idleness.anew(ids, newest)
 
     def closed(self, times: Ints, marks: Ints) -> Bools:
         """Which events [N] are too late for every window at the watermark [N] of each."""
@@ -317,15 +387,18 @@ class Partition:
         self._reserve(len(self._keys), int(wanted.sum()))
         return ids
 
-    def _fill(self, ids: Ints, times: Ints, marks: Ints, values: Floats, present: Bools, now_us: int) -> None:
-        """Adds events to all windows."""
+    def _fill(self, columns: Columns, judged: _Judged, rows: slice, now_us: int) -> None:
+        """Adds some events to all windows."""
+        ids, times, marks, anew = judged.ids[rows], columns.times[rows], judged.marks[rows], judged.anew[rows]
+        values, present = columns.values[rows], columns.present[rows]
         for frame in self._frames:
-            frame.add(ids, times, marks, values, present, self._due_us)
+            forgotten = anew if frame.lasting or self._clocks is not None else _NO_EVENT
+            frame.add(ids, times, marks, values, present, forgotten, self._due_us)
         _note_changed(ids, self._changed, self._due_us[: (not self._final) * len(self._due_us)])
-        if self.plan.idle_ttl_us:
-            np.maximum.at(self._seen_us, ids[ids >= 0], times[ids >= 0])
+        if self._idleness is not None:
+            self._idleness.hear(judged.known[rows], judged.newest[rows])
         if self._clocks is not None:
-            self._clocks.move(ids[ids >= 0], times[ids >= 0], now_us)
+            self._clocks.move(ids, times, anew, now_us)
 
     def _finish(self, mark_us: int) -> None:
         """Notes the final windows that end at or before a watermark, each entity's in order of time."""
@@ -356,30 +429,27 @@ class Partition:
             for row in np.flatnonzero(rows).tolist()
         ]
 
-    def forget(self) -> None:
-        """Renumbers the entities that still matter, once more than half of many do not, and no number waits.
+    def _gone(self, known: int) -> Bools:
+        """Which entities would be the same at their next event if they were not known."""
+        gone: Bools = self._due_us[:known] == NEVER_US
+        if self._clocks is not None:  # they decide what is late
+            gone &= self._idleness is not None and self._idleness.silent(known)
+            return gone
+        for frame in self._frames:
+            empty = frame.empty(known, self.watermark_us)
+            if frame.lasting and self._idleness is not None:
+                empty |= self._idleness.silent(known)
+            gone &= empty
+        return gone
 
-        What is saved next must be a snapshot.
-        """
-        known = len(self._keys)
-        if known < _FEW_KEYS or self._marked:
-            return
-        gone = self._due_us[:known] == NEVER_US
-        for frame in self._frames:
-            gone &= frame.empty(known, self.watermark_us)
-        if self._clocks is not None:
-            gone[:] = False
-        if self.plan.idle_ttl_us:
-            gone |= self._seen_us[:known] + self.plan.idle_ttl_us < self.clock_us
-        if 2 * int(gone.sum()) <= known:
-            return
-        ids = np.flatnonzero(~gone)
+    def _keep(self, ids: Ints) -> None:
+        """Forgets all entities but those of `ids`, which become 0, 1, ... in this order."""
         self._keys = self._keys.kept(ids)
-        for frame in self._frames:
-            frame.keep(ids)
-        self._due_us, self._seen_us, self._changed = self._due_us[ids], self._seen_us[ids], self._changed[ids]
-        if self._clocks is not None:
-            self._clocks.keep(ids)
+        for kept in (*self._frames, self._idleness, self._clocks):
+            if kept is not None:
+                kept.keep(ids)
+        self._due_us, self._changed = self._due_us[ids], self._changed[ids]
+        self._renumbered = True
 
     def _reserve(self, keys: int, events: int) -> None:
         """Makes room for so many entities, and for what so many more events can need."""
@@ -398,16 +468,17 @@ class Partition:
             frame.reserve(capacity, events)
         if capacity == len(self._due_us):
             return
-        if self._clocks is not None:
-            self._clocks.reserve(capacity)
+        for clocks in (self._idleness, self._clocks):
+            if clocks is not None:
+                clocks.reserve(capacity)
         self._due_us = grown(self._due_us, capacity, NEVER_US)
-        self._seen_us = grown(self._seen_us, capacity, -NEVER_US)
         self._changed = grown(self._changed, capacity, 0)
 
     def _bytes_of(self, keys: int, events: int = 0) -> int:
         indexes = self._keys.nbytes + sum(index.nbytes for index in self._texts.values())
         models = 0 if self._models is None else self._models.nbytes
-        return 17 * keys + indexes + models + sum(frame.nbytes(keys, events) for frame in self._frames)
+        own = 9 + sum(clocks.nbytes for clocks in (self._idleness, self._clocks) if clocks is not None)
+        return own * keys + indexes + models + sum(frame.nbytes(keys, events) for frame in self._frames)
 
     def _header(self, kind: str) -> dict[str, Any]:
         return {
@@ -417,6 +488,8 @@ class Partition:
             "next_offset": self.next_offset,
             "clock_us": self.clock_us,
             "last_event": [self._last_event_clock_us, self._last_event_now_us],
+            "newest_us": self._idleness and self._idleness.newest_us,
+            "ticked_us": self._clocks and self._clocks.ticked_us,
             "counters": [self._processed, self._dead, self._late],
             "river": self._models and self._models.version,
         }
@@ -436,7 +509,9 @@ class Partition:
         self._told_texts = {at: len(index) for at, index in self._texts.items()}
 
     def _own(self, ids: Ints) -> list[npt.NDArray[Any]]:
-        rows = [self._due_us[ids], self._seen_us[ids]]
+        rows = [self._due_us[ids]]
+        if self._idleness is not None:
+            rows.append(self._idleness.state(ids))
         return rows if self._clocks is None else [*rows, *self._clocks.state(ids)]
 
     def _check(self, header: dict[str, Any]) -> None:
@@ -466,9 +541,13 @@ class Partition:
         self._keys.extend(next(rest), next(rest))
         self._reserve(len(self._keys), 0)
         ids = np.arange(len(self._keys)) if header["kind"] == "snapshot" else next(rest)
-        self._due_us[ids], self._seen_us[ids] = next(rest), next(rest)
+        self._due_us[ids] = next(rest)
+        if self._idleness is not None:
+            self._idleness.newest_us = header["newest_us"]
+            self._idleness.restore(ids, next(rest))
         if self._clocks is not None:
             self._clocks.restore(ids, [next(rest) for _ in range(3)])
+            self._clocks.tick(len(self._keys), header["ticked_us"])  # a delta lacks those that no event has changed
         for index in self._texts.values():
             index.extend(next(rest), next(rest))
         for frame in self._frames:

@@ -132,7 +132,8 @@ class Plan:
         transformation_text: What it is, so that a changed one is told from the one before.
         models: Learn from the events, transformed ones where there is a transformation, before they are aggregated.
         changelog: Topic to which changed features are published; none where empty.
-        idle_ttl_us: An entity without events for longer is forgotten; 0 keeps lifetime and count windows for ever.
+        idle_ttl_us: Lifetime and count windows of an entity begin anew with its first event after a longer silence, as
+            `idleness` measures it; with clocks of entities all that it holds does. 0: never.
     """
 
     view: str

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from streaming import partials
 from streaming.cells import Cells, give_row, take_row
 from streaming.compile_kernels import kernel
+from streaming.keys import Places
 from streaming.partials import CELL, COUNT_CELL, SKETCH, Estimates
 from streaming.plan import Aggregate
 from streaming.records import Bools, Floats, Ints
@@ -33,6 +34,8 @@ class Sessions:
         history_us: How far the moments of `merge` may lie behind the newest event.
         final: A moment of `merge` reads the session that ends there, once, instead of the one that is going on.
     """
+
+    lasting = False
 
     def __init__(
         self, aggregates: Sequence[tuple[int, Aggregate]], lateness_us: int, history_us: int, final: bool
@@ -67,13 +70,17 @@ class Sessions:
         closed: Bools = times + self.gap_us + self._lateness_us <= marks
         return closed
 
-    def add(self, ids: Ints, times: Ints, marks: Ints, values: Floats, present: Bools, due_us: Ints) -> None:
+    def add(
+        self, ids: Ints, times: Ints, marks: Ints, values: Floats, present: Bools, anew: Bools, due_us: Ints
+    ) -> None:
         """Adds N events in order, but for those of id -1 and those that come too late for the watermark [N].
 
-        For final sessions `due_us` [K] becomes the end of the first session that was not read.
+        Before those that begin `anew` (empty for none) the sessions of their entity are given back. For final sessions
+        `due_us` [K] becomes the end of the first session that was not read.
         """
         closed, final_due_us = self.closed(times, marks), due_us if self._final else due_us[:0]
-        _add(ids, times, closed, values, present, self.gap_us, self._bounds, final_due_us, *self._cells.for_kernels)
+        columns = (ids, times, closed, values, present, anew)
+        _add(*columns, self.gap_us, self._bounds, final_due_us, *self._cells.for_kernels)
 
     def merge(self, ids: Ints, moments_us: Ints, due_us: Ints) -> Floats:
         """The outputs [M, O] of the sessions that hold, or end, at a moment [M] each; lowers `due_us` of the entities.
@@ -87,9 +94,9 @@ class Sessions:
         return out
 
     def empty(self, keys: int, mark_us: int) -> Bools:
-        """Which of the first `keys` entities hold nothing that is still needed from this watermark on."""
+        """Which of the first `keys` entities hold nothing that an event from this watermark on could join."""
         newest = self._bounds[:keys, 0, _LAST]
-        empty: Bools = newest + self.gap_us + self._lateness_us <= mark_us
+        empty: Bools = newest + 2 * self.gap_us + self._lateness_us <= mark_us
         return empty
 
     def keep(self, ids: Ints) -> None:
@@ -97,6 +104,11 @@ class Sessions:
         arrays = self.state(ids)
         self._cells, self._bounds = Cells(self._aggregates, 0), _bounds(len(ids), self._size)
         self.restore(np.arange(len(ids)), arrays)
+
+    def texts(self, column: int) -> list[Places]:
+        """Where sessions name texts of a column."""
+        rows = self._bounds[:, :, _ROW]
+        return self._cells.texts(rows[rows > 0], column)
 
     def state(self, ids: Ints) -> list[npt.NDArray[Any]]:
         """What some entities hold, with their sketches, for `restore`."""
@@ -132,6 +144,7 @@ def _add(
     closed: Bools,
     values: Floats,
     present: Bools,
+    anew: Bools,
     gap_us: int,
     bounds: Ints,
     due_us: Ints,
@@ -148,6 +161,8 @@ def _add(
         key, time = ids[row], times[row]
         if key < 0 or closed[row]:
             continue
+        if len(anew) and anew[row]:
+            _drop(key, bounds, operations, has_sketches, pools, rows, free, n_free)
         at = 0
         while at < sessions and time <= bounds[key, at, _FIRST] - gap_us:
             at += 1
@@ -218,11 +233,27 @@ def _drop_all(
     free: Ints,
     n_free: Ints,
 ) -> None:
-    """Gives back all sessions of some entities."""
     for key in ids:
-        for at in range(bounds.shape[1]):
-            if bounds[key, at, _ROW] > 0:
-                give_row(bounds[key, at, _ROW], 0, operations, has_sketches, pools, rows, free, n_free)
+        _drop(key, bounds, operations, has_sketches, pools, rows, free, n_free)
+
+
+@kernel
+def _drop(
+    key: int,
+    bounds: Ints,
+    operations: Ints,
+    has_sketches: bool,
+    pools: Pools,
+    rows: Floats,
+    free: Ints,
+    n_free: Ints,
+) -> None:
+    """Gives back all sessions of an entity."""
+    for at in range(bounds.shape[1]):
+        if bounds[key, at, _ROW] > 0:
+            give_row(bounds[key, at, _ROW], 0, operations, has_sketches, pools, rows, free, n_free)
+        bounds[key, at, :_ROW] = -NEVER_US
+        bounds[key, at, _ROW] = 0
 
 
 @kernel

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from streaming.compile_kernels import kernel
+from streaming.keys import Places
 from streaming.memory import float_bits, leading_zeros
 from streaming.records import Bytes, Floats, Ints
 
@@ -132,6 +133,13 @@ def unpack(pools: Pools, kind: int, count: int, arrays: Sequence[npt.NDArray[Any
     blocks = pools.free[kind, pools.n_free[kind] :][:count].copy()
     pools[kind][blocks] = contents
     return blocks
+
+
+def top_values(top: Floats, blocks: Ints) -> Places:
+    """Where some blocks of most frequent values, each given once, hold these."""
+    held = np.arange(top.shape[1] // 2) < top[blocks, :1]
+    block, entry = np.nonzero(held)
+    return Places(top, (blocks[block], 1 + 2 * entry))
 
 
 def _blank(cells: Floats, counts: Floats) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-MAGIC = b"millrace state 4\n"
+MAGIC = b"millrace state 5\n"
 
 
 class StateError(ValueError):

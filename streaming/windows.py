@@ -14,6 +14,7 @@ import numpy.typing as npt
 from streaming import partials
 from streaming.cells import Cells, give_row, prefetch_row, take_row
 from streaming.compile_kernels import kernel
+from streaming.keys import Places
 from streaming.memory import address, lines, prefetch
 from streaming.partials import CELL, COUNT_CELL, SKETCH, Estimates
 from streaming.plan import Aggregate
@@ -100,6 +101,7 @@ class Panes:
         self, aggregates: Sequence[tuple[int, Aggregate]], lateness_us: int, history_us: int, final: bool
     ) -> None:
         self.slide_us = aggregates[0][1].slide_us
+        self.lasting = not self.slide_us
         self._lateness_us = lateness_us
         self._shift = int(final)
         lengths = [aggregate.window_us // self.slide_us if self.slide_us else 1 for _, aggregate in aggregates]
@@ -133,10 +135,13 @@ class Panes:
         closed: Bools = (times // self.slide_us + 1) * self.slide_us + self._lateness_us <= marks
         return closed
 
-    def add(self, ids: Ints, times: Ints, marks: Ints, values: Floats, present: Bools, due_us: Ints) -> None:
+    def add(
+        self, ids: Ints, times: Ints, marks: Ints, values: Floats, present: Bools, anew: Bools, due_us: Ints
+    ) -> None:
         """Adds N events in order, but for those of id -1 and those whose pane the watermark [N] has closed.
 
-        For final windows `due_us` [K] becomes at most the end of each event's pane.
+        Before those that begin `anew` (empty for none) the panes of their entity are given back. For final windows
+        `due_us` [K] becomes at most the end of each event's pane.
         """
         closed_us, final_due_us = marks - self._lateness_us, due_us[: self._shift * len(due_us)]
         _add(
@@ -145,6 +150,7 @@ class Panes:
             closed_us,
             values,
             present,
+            anew,
             self.slide_us,
             self._size,
             self._entities,
@@ -178,6 +184,11 @@ class Panes:
         arrays = self.state(ids)
         self._cells, self._entities = Cells(self._aggregates, _HEADS), _entities(len(ids))
         self.restore(np.arange(len(ids)), arrays)
+
+    def texts(self, column: int) -> list[Places]:
+        """Where panes that can be read name texts of a column."""
+        _, rows = _held(np.arange(len(self._entities)), self._entities, self._size, self._cells.rows)
+        return self._cells.texts(rows, column)
 
     def state(self, ids: Ints) -> list[npt.NDArray[Any]]:
         """How many panes some entities hold, which, newest first, and what is in them, for `restore`."""
@@ -217,6 +228,7 @@ def _add(
     closed_us: Ints,
     values: Floats,
     present: Bools,
+    anew: Bools,
     slide_us: int,
     most: int,
     entities: Ints,
@@ -249,6 +261,8 @@ def _add(
             pane = time // slide_us
             start = pane * slide_us
             end = start + slide_us
+        if len(anew) and anew[row]:
+            _drop(key, NEVER_US, entities, operations, has_sketches, pools, rows, free, n_free)
         newest = entities[key, _NEWEST]
         if end <= closed_us[row] or pane <= newest - most:
             continue

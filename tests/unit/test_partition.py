@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -193,10 +194,17 @@ def test_equals_the_definition_at_every_step(steps, delay_ms):
     assert partition.counters == Counters(offset, dead, len(rejects) - dead, len(users))
 
 
-@settings(max_examples=150, deadline=None)
-@given(histories(), st.data())
-def test_any_split_into_batches_and_any_restart_gives_the_same_bits(steps, data):
-    whole, parts = Partition(plan(), 0), Partition(plan(), 0)
+LASTING = (
+    Aggregate("sum_x_lifetime", "x", "sum", kind="lifetime"),
+    Aggregate("mean_x_last", "x", "mean", kind="last", size=3),
+)
+FORGETFUL = replace(plan((*AGGREGATES, *LASTING)), idle_ttl_us=40_000)
+
+
+@settings(max_examples=250, deadline=None)
+@given(histories(), st.sampled_from([plan(), FORGETFUL, replace(FORGETFUL, clocks="key")]), st.data())
+def test_any_split_into_batches_and_any_restart_gives_the_same_bits(steps, what, data):
+    whole, parts = Partition(what, 0), Partition(what, 0)
     offset = 0
     for kind, argument in steps:
         if kind == "events":
@@ -204,7 +212,7 @@ def test_any_split_into_batches_and_any_restart_gives_the_same_bits(steps, data)
             refused = whole.process(batch(values, offset), now * 1000)
             cut = data.draw(st.integers(0, len(values)))
             again = parts.process(batch(values[:cut], offset), now * 1000)
-            parts = Partition.restore(plan(), 0, parts.snapshot())
+            parts = Partition.restore(what, 0, parts.snapshot())
             again += parts.process(batch(values, offset), now * 1000)  # what is read twice is taken once
             assert refused == again
             offset += len(values)
