@@ -3,6 +3,8 @@
 import argparse
 import time
 
+import psutil
+
 from ops.environment import Environment
 from ops.jobs import JobError, add_repo, open_repo, parser, ray_session, run
 from streaming import backfill, history
@@ -40,7 +42,13 @@ def main() -> dict[str, object]:
     )
     backfill.prepare(output)
     with ray_session():
-        done, seconds = backfill.run_on_ray(plan, history.pieces(plan, args.input), output, args.workers)
+        done, seconds = backfill.run_on_ray(
+            plan,
+            history.pieces(plan, args.input),
+            output,
+            args.workers,
+            max_state_bytes=psutil.virtual_memory().total // 2 // args.workers,
+        )
     return {
         "view": plan.view,
         "rows": done.rows,

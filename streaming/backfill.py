@@ -23,6 +23,7 @@ from streaming.history import Decoded, Piece, decoded
 from streaming.partition import Partition
 from streaming.plan import Plan
 from streaming.records import Bools, Bytes, Emission, Ints, Reject
+from streaming.state import StateError
 
 ROWS_A_PART = 1_000_000
 CHUNKS_AHEAD = 3
@@ -38,7 +39,7 @@ class BackfillError(ValueError):
 
 
 class Backfilled(NamedTuple):
-    """What a backfill did: feature rows written; events read; dead and late ones among them; entities seen."""
+    """What a backfill did: feature rows written; events read; dead and late ones; entities known at the end."""
 
     rows: int
     events: int
@@ -64,31 +65,54 @@ class Output(NamedTuple):
 
 
 class Shard:
-    """Computes the entities of one of `shards` shares and writes their rows."""
+    """Computes the entities of one of `shards` shares and writes their rows.
 
-    def __init__(self, plan: Plan, number: int, shards: int, output: Output) -> None:
+    Args:
+        plan: What is computed.
+        number: Of the share, from 0.
+        shards: How many there are.
+        output: Where rows go.
+        max_state_bytes: Memory that the state of the share may take, over all partitions.
+    """
+
+    def __init__(
+        self, plan: Plan, number: int, shards: int, output: Output, max_state_bytes: int | None = None
+    ) -> None:
         self._plan, self._number, self._shards, self._output = plan, number, shards, output
+        self._max_state_bytes = max_state_bytes
         self._filesystem, self._folder = filesystem(output.uri)
         self._partitions: dict[int, Partition] = {}
         self._tables: list[pa.Table] = []
         self._waiting = self._rows = self._parts = 0
 
     def add(self, chunk: Decoded) -> list[Reject]:
-        """Takes the next chunk of its partition; returns the records of this share that changed nothing."""
+        """Takes the next chunk of its partition; returns the records of this share that changed nothing.
+
+        Raises:
+            BackfillError: The state needs more memory than it may take.
+        """
         if not len(chunk.offsets):
             return []
-        partition = self._partitions.setdefault(chunk.partition, Partition(self._plan, chunk.partition))
+        if chunk.partition not in self._partitions:
+            self._partitions[chunk.partition] = Partition(self._plan, chunk.partition, self._max_state_bytes)
+        partition = self._partitions[chunk.partition]
         columns = _writable(chunk.columns)
         mine = None
         if self._shards > 1:
             mine = np.empty(len(chunk.offsets), dtype=np.bool_)
             _share(columns.text, columns.entities, columns.readable, self._shards, self._number, mine)
         rejects = list(chunk.rejects) if self._number == 0 else []
-        for refused in partition.add(columns, chunk.offsets, self._output.created_us, mine):
-            rejects += refused
-            if partition.next_offset <= chunk.offsets[-1]:
-                partition.mark()
+        try:
+            for refused in partition.add(columns, chunk.offsets, self._output.created_us, mine):
+                rejects += refused
+                if partition.next_offset <= chunk.offsets[-1]:
+                    partition.mark()
+        except StateError as error:
+            raise BackfillError(self._too_large()) from error
         self._take(partition.take())
+        partition.shrink()
+        if self._max_state_bytes is not None and self._state_bytes > self._max_state_bytes:
+            raise BackfillError(self._too_large())
         return rejects
 
     def finish(self) -> Backfilled:
@@ -103,6 +127,19 @@ class Shard:
             sum(each.dead for each in counters),
             sum(each.late for each in counters),
             sum(each.keys for each in counters),
+        )
+
+    @property
+    def _state_bytes(self) -> int:
+        return sum(partition.state_bytes for partition in self._partitions.values())
+
+    def _too_large(self) -> str:
+        keys = sum(partition.counters.keys for partition in self._partitions.values())
+        return (
+            f"The backfill of view '{self._plan.view}' holds {keys:,} entities in share {self._number + 1} of"
+            f" {self._shards}: their state takes {self._state_bytes / 2**20:,.0f} MiB, and more than the"
+            f" {(self._max_state_bytes or 0) / 2**20:,.0f} MiB that it may take are needed. Use a machine with more"
+            " memory, shorten the windows, or give the view an idle_ttl."
         )
 
     def _take(self, emission: Emission) -> None:
@@ -156,24 +193,28 @@ def prepare(output: Output) -> None:
     filesystem_.create_dir(folder, recursive=True)
 
 
-def run(plan: Plan, pieces: Iterable[Piece], output: Output, shards: int = 1) -> Backfilled:
-    """Computes all pieces in this process."""
+def run(
+    plan: Plan, pieces: Iterable[Piece], output: Output, shards: int = 1, max_state_bytes: int | None = None
+) -> Backfilled:
+    """Computes all pieces in this process; `max_state_bytes` is the memory of a shard's state."""
     with _RejectFile(output) as rejects:
-        local = [Shard(plan, number, shards, output) for number in range(shards)]
+        local = [Shard(plan, number, shards, output, max_state_bytes) for number in range(shards)]
         for piece in pieces:
             for chunk in decoded(plan, piece):
                 rejects.write(shard.add(chunk) for shard in local)
         return _total([shard.finish() for shard in local])
 
 
-def run_on_ray(plan: Plan, pieces: Iterable[Piece], output: Output, shards: int) -> tuple[Backfilled, float]:
+def run_on_ray(
+    plan: Plan, pieces: Iterable[Piece], output: Output, shards: int, max_state_bytes: int | None = None
+) -> tuple[Backfilled, float]:
     """Computes all pieces on Ray: tasks decode, an actor a shard computes; also returns the seconds that it took.
 
     In memory are at most a few chunks a shard, whatever the length of the input; the seconds are those from the moment
-    at which the actors were there.
+    at which the actors were there. `max_state_bytes` is the memory of a shard's state.
 
     Raises:
-        BackfillError: The cluster is too small.
+        BackfillError: The cluster is too small, or the memory.
     """
     import ray
 
@@ -184,7 +225,7 @@ def run_on_ray(plan: Plan, pieces: Iterable[Piece], output: Output, shards: int)
         raise BackfillError(f"{shards} workers need {shards + 1} CPUs and the Ray cluster has {cpus}: lower --workers.")
     decode = remote(num_cpus=1, num_returns="streaming", _generator_backpressure_num_objects=2)(decoded)
     actor = remote(num_cpus=1)(Shard)
-    actors = [actor.remote(plan, number, shards, output) for number in range(shards)]
+    actors = [actor.remote(plan, number, shards, output, max_state_bytes) for number in range(shards)]
     ray.get([each.__ray_ready__.remote() for each in actors])
     started_s = time.perf_counter()
     under_way: deque[list[Any]] = deque()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming import backfill, history
+from streaming import partition as partition_module
 from streaming.arrow_columns import TableError
 from streaming.backfill import Backfilled, BackfillError, Output
 from streaming.history import HistoryError
@@ -29,6 +31,8 @@ AGGREGATES = tuple(
     for function in ("count", "sum", "mean")
 )
 PLAN = Plan("view", "topic", "", "user", "string", "time", COLUMNS, AGGREGATES, 15 * SECOND)
+LASTING = (Aggregate("lifetime", "x", "sum", kind="lifetime"), Aggregate("last", "x", "mean", kind="last", size=9))
+FORGETFUL = replace(PLAN, aggregates=(*AGGREGATES, *LASTING), idle_ttl_us=7 * SECOND)
 
 
 def output(folder: Path) -> Output:
@@ -128,17 +132,21 @@ def test_rows_are_those_of_a_partition_that_is_fed_record_by_record(tmp_path):
     chunk=st.integers(1, 200),
     group=st.integers(20, 400),
     kind=st.sampled_from(["in.parquet", "in.jsonl", "in.jsonl.gz"]),
+    what=st.sampled_from([PLAN, FORGETFUL, replace(FORGETFUL, clocks="key")]),
 )
-def test_shards_chunks_and_formats_change_no_bit(tmp_path_factory, seed, shards, chunk, group, kind):
+def test_shards_chunks_and_formats_change_no_bit(tmp_path_factory, seed, shards, chunk, group, kind, what):
     folder, rows = tmp_path_factory.mktemp("backfill"), events(300, seed)
-    whole = run(write_parquet(folder / "whole.parquet", rows, 1000), folder / "whole")
+    done, whole = run(write_parquet(folder / "whole.parquet", rows, 1000), folder / "whole", plan=what)
     write = write_lines if "jsonl" in kind else lambda path, rows: write_parquet(path, rows, group)
     write(folder / kind, rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(history, "ROWS_A_CHUNK", chunk)
         patch.setattr(history, "BYTES_A_CHUNK", 7 * chunk)
         patch.setattr(backfill, "ROWS_A_PART", 50)
-        assert run(folder / kind, folder / "parts", shards) == whole
+        patch.setattr(partition_module, "_FEW", 1)
+        again, parts = run(folder / kind, folder / "parts", shards, what)
+    assert parts == whole
+    assert again._replace(keys=done.keys) == done and again.keys <= done.keys  # some may be forgotten
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
@@ -217,6 +225,28 @@ def test_a_table_without_the_columns_of_the_view_is_refused(tmp_path):
     pq.write_table(pa.table({"user": ["a"]}), tmp_path / "in.parquet")
     with pytest.raises(TableError, match="has no column 'time'"):
         run(tmp_path / "in.parquet", tmp_path / "out")
+
+
+def test_more_state_than_the_limit_ends_the_backfill_with_a_sentence(tmp_path):
+    rows = [{"time": "2024-05-01T00:00:00Z", "user": f"user {number}", "x": 1.0} for number in range(20_000)]
+    source = write_parquet(tmp_path / "in.parquet", rows, 5_000)
+    message = r"holds \d+,000 entities in share 1 of 1: .* more than the 2 MiB that it may take are needed"
+    with pytest.raises(BackfillError, match=message):
+        backfill.run(PLAN, history.pieces(PLAN, str(source)), output(tmp_path), max_state_bytes=2 << 20)
+
+
+def test_partitions_share_the_memory_of_their_backfill(tmp_path):
+    def chunk(number):
+        values = [json.dumps({"time": "2024-05-01T00:00:00Z", "user": str(user), "x": 1.0}) for user in range(5_000)]
+        batch = RecordBatch.of_values([value.encode() for value in values], 0)._replace(partition=number)
+        return next(iter(history.decoded(PLAN, batch)))
+
+    alone = Partition(PLAN, 0)
+    list(alone.add(chunk(0).columns, chunk(0).offsets, NOW_US))
+    shard = backfill.Shard(PLAN, 0, 1, output(tmp_path), max_state_bytes=3 * alone.state_bytes // 2)
+    shard.add(chunk(0))
+    with pytest.raises(BackfillError, match="holds 10,000 entities"):
+        shard.add(chunk(1))
 
 
 def test_an_output_that_holds_parquet_files_is_refused(tmp_path):
