@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from streaming.allowance import Allowance
 from streaming.checkpoint import filesystem, write_atomic
 from streaming.compile_kernels import kernel
 from streaming.decode import Columns
@@ -79,7 +80,7 @@ class Shard:
         self, plan: Plan, number: int, shards: int, output: Output, max_state_bytes: int | None = None
     ) -> None:
         self._plan, self._number, self._shards, self._output = plan, number, shards, output
-        self._max_state_bytes = max_state_bytes
+        self._allowance = None if max_state_bytes is None else Allowance(max_state_bytes)
         self._filesystem, self._folder = filesystem(output.uri)
         self._partitions: dict[int, Partition] = {}
         self._tables: list[pa.Table] = []
@@ -94,7 +95,7 @@ class Shard:
         if not len(chunk.offsets):
             return []
         if chunk.partition not in self._partitions:
-            self._partitions[chunk.partition] = Partition(self._plan, chunk.partition, self._max_state_bytes)
+            self._partitions[chunk.partition] = Partition(self._plan, chunk.partition, self._allowance)
         partition = self._partitions[chunk.partition]
         columns = _writable(chunk.columns)
         mine = None
@@ -111,8 +112,6 @@ class Shard:
             raise BackfillError(self._too_large()) from error
         self._take(partition.take())
         partition.shrink()
-        if self._max_state_bytes is not None and self._state_bytes > self._max_state_bytes:
-            raise BackfillError(self._too_large())
         return rejects
 
     def finish(self) -> Backfilled:
@@ -129,17 +128,14 @@ class Shard:
             sum(each.keys for each in counters),
         )
 
-    @property
-    def _state_bytes(self) -> int:
-        return sum(partition.state_bytes for partition in self._partitions.values())
-
-    def _too_large(self) -> str:
-        keys = sum(partition.counters.keys for partition in self._partitions.values())
+    def _too_large(self, limit_bytes: int) -> str:
+        partitions = self._partitions.values()
+        keys, taken = sum(one.counters.keys for one in partitions), sum(one.state_bytes for one in partitions)
         return (
             f"The backfill of view '{self._plan.view}' holds {keys:,} entities in share {self._number + 1} of"
-            f" {self._shards}: their state takes {self._state_bytes / 2**20:,.0f} MiB, and more than the"
-            f" {(self._max_state_bytes or 0) / 2**20:,.0f} MiB that it may take are needed. Use a machine with more"
-            " memory, shorten the windows, or give the view an idle_ttl."
+            f" {self._shards}: their state takes {taken / 2**20:,.0f} MiB, and more than the {limit_bytes / 2**20:,.0f}"
+            " MiB that it may take are needed. Use a machine with more memory, shorten the windows, or give the view an"
+            " idle_ttl."
         )
 
     def _take(self, emission: Emission) -> None:
