@@ -109,9 +109,13 @@ class Shard:
                 if partition.next_offset <= chunk.offsets[-1]:
                     partition.mark()
         except StateError as error:
-            raise BackfillError(self._too_large()) from error
+            if self._allowance is None:
+                raise
+            raise BackfillError(self._too_large(self._allowance.limit_bytes)) from error
         self._take(partition.take())
         partition.shrink()
+        if self._allowance is not None:
+            self._allowance.shrink((self._plan.view, chunk.partition), partition.state_bytes)
         return rejects
 
     def finish(self) -> Backfilled:

@@ -213,8 +213,7 @@ class WindowFeatures:
                 self._values.pop(entity, None)
             else:
                 self._values[entity] = row
-        if 2 * len(self._values) < partition.counters.keys:
-            partition.forget()
+        partition.shrink()
         for reject in rejects:
             self._on_reject(reject)
 
