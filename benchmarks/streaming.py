@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +33,8 @@ from streaming.worker import RECORDS_A_BATCH
 EVENTS = 10_000_000
 PUBLIC_EVENTS = 500_000
 KEYS = 10_000
+SIMULATED = 2_000_000
+FAULTS = ["--disorder", "0.05", "--duplicates", "0.01", "--late", "0.01", "--poison", "0.001"]
 FRESHNESS_RATE_HZ = 5000.0
 FASTEST_MS = 5
 WARM_UP_S = 3.0
@@ -53,6 +55,7 @@ def main() -> None:
             bulk.fill(broker.bootstrap_servers, "edits", EVENTS, keys=KEYS, partitions=2)
             figures = list(_throughput(home, psutil.Process(pid), conditions))
             figures.append(_public_path(broker.bootstrap_servers, conditions))
+            figures.append(_simulator(conditions))
             figures += _live(broker.bootstrap_servers, home, conditions)
             figures += _fastest(broker.bootstrap_servers, home, conditions)
         finally:
@@ -111,11 +114,21 @@ def _public_path(servers: str, conditions: str) -> Figure:
     )
 
 
+def _simulator(conditions: str) -> Figure:
+    """What `millrace simulate` says, at the pace that it can."""
+    command = [binaries_folder() / "millrace", "simulate", "measurements", "--limit", str(SIMULATED), *FAULTS]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    rate = json.loads(done.stdout)["messages_per_s"]
+    at = f"{SIMULATED:,} measurements, {' '.join(FAULTS)}, one process; {conditions}"
+    return Figure("simulator to Kafka", rate, "messages/s", "higher", at, target=100_000)
+
+
 def _live(servers: str, home: Path, conditions: str) -> Iterator[Figure]:
     status = home / "stream"
     at = f"{FRESHNESS_RATE_HZ:,.0f} events/s, 18 aggregates; {conditions}"
     with _job(home):
         start = _started(status)
+        yield Figure("stream: start of a worker to its first partition", _start_s(home), "s", "lower", conditions, 5)
         fresh = _freshness(servers, start)
         yield Figure("freshness p50", fresh.p50_ms, "ms", "lower", at)
         yield Figure("freshness p99", fresh.p99_ms, "ms", "lower", at, target=250)
@@ -154,6 +167,16 @@ def _started(status: Path) -> datetime:
     """Waits for the job, and says from when on its windows hold nothing yet."""
     _wait_for(status, datetime.now(UTC))
     return max(datetime.fromisoformat(row["watermark"]) for row in _rows(status)) + timedelta(minutes=6)
+
+
+def _start_s(home: Path) -> float:
+    """Seconds from the supervisor's line to the worker's in the log of the job."""
+    at: dict[str, datetime] = {}
+    for line in (home / "job.log").read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError, KeyError):
+            entry = json.loads(line[line.index("{") :])
+            at.setdefault(entry["event"], datetime.fromisoformat(entry["time"]))
+    return round((at["partition taken"] - at["worker started"]).total_seconds(), 1)
 
 
 @contextmanager

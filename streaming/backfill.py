@@ -4,6 +4,9 @@ The entities are shared out by a hash of their bytes. Each shard has a `Partitio
 all rows pass through all shards, because the clock of a partition is the largest event time of all its rows, but each
 shard adds only its own. Rows are emitted where the clock enters another pane and at the end, and written as the offline
 log writes them; how the input is cut into chunks and the entities into shards changes no row.
+
+On Ray, tasks decode and an actor a shard computes. It is not a Ray Data pipeline, whose operators give a block to one
+worker: here every shard must see every chunk, in the order of the offsets.
 """
 
 import json

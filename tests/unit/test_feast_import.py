@@ -16,3 +16,30 @@ assert feast.Entity(name="user", join_keys=["user"]).join_key == "user"
 def test_typeguard_leaves_feast_as_it_is(package):
     done = subprocess.run([sys.executable, "-c", CHECK.format(package=package)], stderr=subprocess.PIPE, check=False)
     assert done.returncode == 0, done.stderr.decode()
+
+
+OTHERS = """
+import streaming, typeguard
+
+@typeguard.typechecked
+def half(number: int) -> float:
+    return number / 2
+
+@typeguard.typechecked(collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+def total(numbers: list[int]) -> int:
+    return sum(numbers)
+
+for call in (lambda: half("3"), lambda: total([1, 2.5])):
+    try:
+        call()
+    except typeguard.TypeCheckError:
+        continue
+    raise SystemExit("typeguard does not check")
+"""
+
+
+def test_typeguard_checks_what_others_ask_it_to(tmp_path):
+    script = tmp_path / "others.py"  # typeguard reads the source
+    script.write_text(OTHERS)
+    done = subprocess.run([sys.executable, script], stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 0, done.stderr.decode()
