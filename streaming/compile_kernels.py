@@ -21,16 +21,20 @@ R = TypeVar("R")
 
 def kernel(function: Callable[P, R]) -> Callable[P, R]:
     """Compiles a function on its first call and keeps the machine code on disk; floating point stays exact."""
-    _keep_apart_from_other_versions()
-    return cast(Callable[P, R], numba.njit(cache=True, nogil=True)(function))
+    config: Any = numba.config
+    elsewhere, config.CACHE_DIR = config.CACHE_DIR, _folder()
+    try:
+        return cast(Callable[P, R], numba.njit(cache=True, nogil=True)(function))
+    finally:
+        config.CACHE_DIR = elsewhere
 
 
 @functools.cache
-def _keep_apart_from_other_versions() -> None:
-    """Names the cache after all sources: numba renews a kernel when its own file changes, not one that it calls."""
+def _folder() -> str:
+    """A folder named after all sources: numba renews a kernel when its own file changes, not one that it calls."""
     folder = Path(__file__).parent
     sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))).hexdigest()
-    numba.config.CACHE_DIR = str(folder / "__pycache__" / f"kernels-{sources[:16]}")  # type: ignore[attr-defined]
+    return str(folder / "__pycache__" / f"kernels-{sources[:16]}")
 
 
 def inlined(function: Callable[P, R]) -> Callable[P, R]:
