@@ -14,7 +14,7 @@ DATED_US = (-60_000_000_000_000_000, 250_000_000_000_000_000)
 
 
 class Source(Protocol):
-    """What a worker needs of a consumer (`wire.Consumer`)."""
+    """What a worker needs of a consumer (`consumer.Consumer`)."""
 
     lost: dict[int, int]
 

@@ -63,13 +63,11 @@ class Saved(NamedTuple):
         offsets: Partition to next offset of its new checkpoint.
         lost: Partitions that a newer owner has taken, with its words.
         seconds: How long the job took.
-        bytes: Of the states.
     """
 
     offsets: dict[int, int]
     lost: dict[int, StaleEpochError]
     seconds: float
-    bytes: int
 
 
 class Saver:
@@ -100,7 +98,6 @@ class Saver:
         self._running: Future[float] | None = None
         self._offsets: dict[int, int] = {}
         self._lost: dict[int, StaleEpochError] = {}
-        self._bytes = 0
         self._wholes: dict[int, deque[tuple[int, int]]] = {}
         self._compacted_s: dict[int, float] = {}
 
@@ -113,7 +110,6 @@ class Saver:
         """Start a job; only while not `busy`."""
         self._waiting.extend(captured)
         self._offsets, self._lost = {}, {}
-        self._bytes = sum(len(one.state) for one in captured)
         self._submit()
 
     def collect(self, wait_s: float = 0.0) -> Saved | None:
@@ -133,7 +129,7 @@ class Saver:
         if running is None or not wait_for([running], wait_s).done:
             return None
         self._running = None
-        return Saved(self._offsets, self._lost, running.result(), self._bytes)
+        return Saved(self._offsets, self._lost, running.result())
 
     def _submit(self) -> None:
         self._running = self._executor.submit(self._save)

@@ -24,7 +24,7 @@ LOOK_S = (0.1, 1.0)
 
 
 class Foreign(Protocol):
-    """What alignment needs of the consumer of the left input (`wire.Consumer`)."""
+    """What alignment needs of the consumer of the left input (`consumer.Consumer`)."""
 
     def foreign(self) -> Mapping[int, tuple[OffsetAndMetadata | None, int]]: ...  # noqa: D102
 

@@ -43,7 +43,7 @@ THREADS = 8
 
 
 class Reading(Source, Foreign, Protocol):
-    """What deriving needs of a consumer (`wire.Consumer`)."""
+    """What deriving needs of a consumer (`consumer.Consumer`)."""
 
     def hold(self, partitions: Iterable[int]) -> None: ...  # noqa: D102
 
