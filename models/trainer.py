@@ -53,6 +53,7 @@ __all__ = [
     "fit",
     "load_weights",
     "pick",
+    "run_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -147,6 +148,12 @@ def checkpoints(config: TrainConfig, folder: Path, config_hash: str) -> Checkpoi
     return CheckpointStore.at(f"{place}/checkpoints", config_hash, config.keep)
 
 
+def run_of(config: TrainConfig, folder: Path, config_hash: str) -> str | None:
+    """The MLflow run of the checkpoints that a run in a folder goes on with; None where there are none."""
+    found = checkpoints(config, folder, config_hash).recover()
+    return None if found is None else found.facts.get("run_id")
+
+
 @dataclass(frozen=True)
 class _Arguments:
     task: "ray.ObjectRef[Task]"
@@ -224,6 +231,7 @@ def _work(loop_config: Mapping[str, _Arguments]) -> None:
         metrics=metrics,
         validated=lambda metrics: ray.train.report(dict(metrics)),
         progress=lambda line: bar.note(arguments.folder / PROGRESS, line),
+        run_id=arguments.run_id,
     )
     task, config = ray.get(arguments.task), arguments.config
     store = checkpoints(config, arguments.folder, arguments.config_hash)

@@ -42,7 +42,12 @@ def train(config: ProbeConfig, data: object = None, *, home: Path, tracking_uri:
     probe = task(config)
     with (
         claimed(home / "training", name, config_hash) as claim,
-        opened(tracking_uri, config.registered_name, claim.name, claim.run_id) as run,
+        opened(
+            tracking_uri,
+            config.registered_name,
+            claim.name,
+            claim.run_id or trainer.run_of(config.train, claim.folder, config_hash),
+        ) as run,
     ):
         claim.remember(run.id, finished=False)
         run.log_params({f"train.{key}": value for key, value in config.train.model_dump().items()})

@@ -48,6 +48,8 @@ class Listener:
     """Called on every rank after each validation, with the step among the metrics."""
     progress: Callable[[Mapping[str, object]], None]
     """Called on rank 0 with every line of progress that is logged."""
+    run_id: str | None = None
+    """The MLflow run, kept with every checkpoint."""
 
 
 @dataclass
@@ -240,6 +242,7 @@ class Worker:
         state = self._state() | {f"random/{self._rank}": randomness.save()}
         steps = tuple(step for _, step in self._place.best)
         facts = {"place": dict(vars(self._place)), "samples": self._place.step * self._config.batch_size}
+        facts |= {"run_id": self._listener.run_id}
         self._saving = snapshots.save(
             self._store, self._place.step, state, facts, steps, self._saving_group, self._config.asynchronous
         )

@@ -165,7 +165,12 @@ def train(config: WhisperConfig, found: Splits, *, home: Path, tracking_uri: str
     name = config.train.name or f"{config.registered_name}-{config_hash[:10]}"
     with (
         claimed(home / "training", name, config_hash) as claim,
-        opened(tracking_uri, config.registered_name, claim.name, claim.run_id) as run,
+        opened(
+            tracking_uri,
+            config.registered_name,
+            claim.name,
+            claim.run_id or trainer.run_of(config.train, claim.folder, config_hash),
+        ) as run,
     ):
         claim.remember(run.id, finished=False)
         run.log_params(_parameters(pinned, found))

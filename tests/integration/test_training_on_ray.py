@@ -1,5 +1,6 @@
 """The harness on a local Ray: a worker that hangs and a job that is told to end change no bit of the weights."""
 
+import json
 import os
 import signal
 import time
@@ -11,14 +12,18 @@ import ray
 import torch
 
 from models.checkpoints import CheckpointStore
+from models.probe.config import ProbeConfig
 from models.probe.task import ProbeTask
-from models.trainer import TrainConfig, TrainingStopped, checkpoints, fit
+from models.probe.train import train as train_probe
+from models.trainer import ATTEMPTS, TrainConfig, TrainingStopped, checkpoints, fit
 from models.training import parameter_server, processes
 from models.training.chaos import costs, table
+from ops.configuration import load
 
 CONFIG = TrainConfig(steps=60, batch_size=8, learning_rate=0.01, checkpoint_every=10, validate_every=30, log_every=10)
 TASK = ProbeTask(dropout=0.1)
 TIMEOUT_S = 240
+TINY = Path(__file__).parents[2] / "configs" / "probe" / "tiny.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +69,16 @@ def test_a_job_told_to_end_leaves_a_checkpoint_and_goes_on(folder: Path) -> None
     assert fitted.steps == steps
     assert fitted.restarts >= 1, "the second start counts, and an elastic group may be resized"
     assert all(torch.isfinite(value).all() for value in torch.load(fitted.final)["network"].values())
+
+
+def test_another_home_goes_on_at_the_storage_in_the_same_run(folder: Path, mlflow_uri: str) -> None:
+    settings = ["train.steps=40", "train.validate_every=20", "train.name=moved"]
+    config = load(ProbeConfig, TINY, [*settings, f"train.storage={(folder / 'far').as_uri()}"])
+    first = train_probe(config, home=folder / "lost", tracking_uri=mlflow_uri)
+    again = train_probe(config, home=folder / "new", tracking_uri=mlflow_uri)
+    assert (again["run_id"], again["steps"], again["accuracy"]) == (first["run_id"], 40, first["accuracy"])
+    attempts = (folder / "new" / "training" / "moved" / ATTEMPTS).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in attempts] == [40], "nothing was trained again"
 
 
 def test_a_parameter_server_in_step_is_an_all_reduce(folder: Path) -> None:
