@@ -136,6 +136,8 @@ class NetworkConfig(_Section):
     base: str | None = None
     """A hub id, a local folder, or `models:/NAME@ALIAS` of the registry; the sizes below are then its own. None: from
     scratch."""
+    language: str = "english"
+    """What is spoken, as a multilingual base is told."""
     lora: LoraConfig | None = None
     width: int = Field(96, ge=8)
     layers: int = Field(2, ge=1)

@@ -28,18 +28,29 @@ WINDOW_S = 0.032
 CTC_HEAD = "ctc_head"
 
 
+TASK = "transcribe"
+"""What a multilingual Whisper is asked to do."""
+
+
 class NetworkError(ValueError):
     """A base model that can't be loaded or doesn't fit, in one sentence."""
 
 
-def tokenizer(base: str | Path | None, texts: Iterable[str] = (), vocabulary: int = 256) -> PreTrainedTokenizerBase:
+def tokenizer(
+    base: str | Path | None, texts: Iterable[str] = (), vocabulary: int = 256, language: str | None = None
+) -> PreTrainedTokenizerBase:
     """The base's own tokenizer, or byte-pair encoding (Sennrich et al., 2016) learnt from texts.
+
+    That of a multilingual base begins every text with the tokens with which `load` has the decoder begin.
 
     Words that the texts hold become one token each, as far as the size of the vocabulary goes; other words are spelt
     with smaller ones, down to the `CHARACTERS`, and what those lack is `<unk>`.
     """
     if base is not None:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(str(base)))
+        own: Any = AutoTokenizer.from_pretrained(str(base))
+        if language is not None and _is_multilingual(base):
+            own.set_prefix_tokens(language=language, task=TASK)
+        return cast(PreTrainedTokenizerBase, own)
     pairs = Tokenizer(BPE(unk_token=UNKNOWN))
     pairs.pre_tokenizer = pre_tokenizers.Metaspace()
     pairs.decoder = decoders.Metaspace()
@@ -123,17 +134,25 @@ def small(
     return network
 
 
-def load(folder: str | Path) -> WhisperForConditionalGeneration:
-    """A pretrained network from a hub id or a local folder.
+def load(folder: str | Path, language: str | None = None) -> WhisperForConditionalGeneration:
+    """A pretrained network from a hub id or a local folder; a multilingual one will transcribe the language.
 
     Raises:
         NetworkError: it can't be found or isn't a Whisper.
     """
     try:
-        return WhisperForConditionalGeneration.from_pretrained(str(folder))
+        network: WhisperForConditionalGeneration = WhisperForConditionalGeneration.from_pretrained(str(folder))
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise NetworkError(f"{folder}: no Whisper can be loaded from this hub id or folder ({reason}).") from None
+    if language is not None and _is_multilingual(folder):
+        generation: Any = network.generation_config
+        generation.language, generation.task = language, TASK
+    return network
+
+
+def _is_multilingual(base: str | Path) -> bool:
+    return bool(getattr(GenerationConfig.from_pretrained(str(base)), "is_multilingual", False))
 
 
 def adapt(network: nn.Module, *, r: int, alpha: int, dropout: float, targets: tuple[str, ...]) -> PeftModel:

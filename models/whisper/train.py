@@ -52,7 +52,8 @@ class WhisperTask:
     def tokens(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the base, or one learnt from the pool's transcripts."""
         network = self.config.network
-        return networks.tokenizer(network.base, {one.text for one in self.pool.utterances}, network.vocabulary)
+        texts = {one.text for one in self.pool.utterances}
+        return networks.tokenizer(network.base, texts, network.vocabulary, network.language)
 
     @cached_property
     def features(self) -> WhisperFeatureExtractor:
@@ -72,7 +73,7 @@ class WhisperTask:
         """The network to train, with adapters where they are configured."""
         size, lora = self.config.network, self.config.network.lora
         if size.base is not None:
-            network = networks.load(size.base)
+            network = networks.load(size.base, size.language)
         else:
             network = networks.small(
                 self.tokens,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import jiwer
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import WhisperTokenizer
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from models import predictor as predictors
 from models.whisper import network as networks
@@ -23,6 +27,7 @@ from models.whisper.utterances import Utterance
 from ops.configuration import load
 
 RATE_HZ = 8000
+EOS, SOT = "<|endoftext|>", "<|startoftranscript|>"
 CONFIGS = Path(__file__).parents[2] / "configs" / "whisper"
 SMALL = {"width": 16, "layers": 1, "heads": 2, "mel_bins": 20, "max_tokens": 12, "dropout": 0.0}
 DATA = {"max_seconds": 1, "digits": [1, 2], "train_utterances": 50}
@@ -134,6 +139,47 @@ def test_a_local_folder_is_a_base_and_adapters_merge_into_it(tmp_path: Path) -> 
     adapted.predictor(merged).save(tmp_path / "merged")
     wave = utterance("one").wave
     assert predictors.load(tmp_path / "merged").transcribe([wave]) == adapted.predictor(merged).transcribe([wave])
+
+
+def multilingual(folder: Path) -> Path:
+    """A Whisper of 100 languages, as `openai/whisper-tiny`, but tiny and with the bytes as its tokens."""
+    spoken = [f"<|{code}|>" for code in LANGUAGES]
+    asked = ["<|translate|>", "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+    special = [EOS, SOT, *spoken, *asked]
+    vocabulary = {token: number for number, token in enumerate([*sorted(ByteLevel.alphabet()), *special])}
+    tokens = WhisperTokenizer(vocab=vocabulary, merges=[], bos_token=EOS, eos_token=EOS, pad_token=EOS)
+    tokens.add_special_tokens({"additional_special_tokens": special})
+    features = networks.extractor(None, RATE_HZ, 1, 20, 12.5)
+    network = networks.small(tokens, features, width=16, layers=1, heads=2, dropout=0.0, max_tokens=12)
+    network.config.decoder_start_token_id = vocabulary[SOT]
+    known = {
+        "is_multilingual": True,
+        "decoder_start_token_id": vocabulary[SOT],
+        "lang_to_id": {token: vocabulary[token] for token in spoken},
+        "task_to_id": {name: vocabulary[f"<|{name}|>"] for name in ("transcribe", "translate")},
+        "no_timestamps_token_id": vocabulary["<|notimestamps|>"],
+    }
+    for name, value in known.items():
+        setattr(network.generation_config, name, value)
+    for part in (network, tokens, features):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_a_multilingual_base_is_trained_with_the_tokens_that_it_is_asked_with(tmp_path: Path) -> None:
+    german = task(base=str(multilingual(tmp_path / "base")), language="german")
+    prompt = [SOT, "<|de|>", "<|transcribe|>", "<|notimestamps|>"]
+    labels = german.batch([(0, 1)])["labels"][0]
+    assert german.tokens.convert_ids_to_tokens(labels.tolist())[:4] == [*prompt[1:], *german.tokens.tokenize("one")[:1]]
+    german.predictor(networks.merged(german.build())).save(tmp_path / "saved")
+    loaded = cast(WhisperPredictor, predictors.load(tmp_path / "saved"))
+    asked: list[list[int]] = []
+    decoder = loaded._network.get_decoder()
+    decoder.register_forward_pre_hook(
+        lambda _, __, named: asked.append(named["input_ids"][0].tolist()), with_kwargs=True
+    )
+    loaded.transcribe([utterance("one").wave])
+    assert loaded._tokens.convert_ids_to_tokens(asked[0]) == prompt
 
 
 def test_a_base_that_is_none_or_does_not_fit_is_refused(tmp_path: Path) -> None:
