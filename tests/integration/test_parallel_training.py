@@ -160,7 +160,7 @@ def test_what_cannot_be_cut_or_sliced_is_refused_before_it_starts(
 ) -> None:
     task = SegmentationTask(SegmentationConfig(), (), ())
     with pytest.raises(ParallelismError, match=f"SegmentationTask {said}; set train.parallelism to fsdp or ddp."):
-        processes.train(task, config(parallelism=parallelism), store)
+        processes.train(task, config(parallelism=parallelism, accumulate=2), store)
 
 
 def test_a_task_with_a_fault_can_be_sliced_as_the_task_can(store: CheckpointStore, tmp_path: Path) -> None:
