@@ -17,7 +17,7 @@ from feast.stream_feature_view import StreamFeatureView
 from feast.types import Float64, Int64, String
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
-from streaming.actor import Settings, open_worker
+from streaming.actor import Settings, checkpoint_uri, open_worker
 from streaming.checkpoint import StaleEpochError
 from streaming.stream_processor import Ingestion, MillraceStreamProcessor
 from streaming.topics import count_partitions, ensure_topics
@@ -141,7 +141,7 @@ def test_an_ingestion_serves_features_and_the_next_goes_on_where_it_stopped(kafk
 
     # The worker of the job goes on there as well.
     (plan,) = plans(store)
-    worker = open_worker(store, plan, True, Settings(str(home), flush_s=0.05, until_caught_up=True))
+    worker = open_worker(store, plan, True, Settings(str(home), checkpoint_uri(home), 0.05, until_caught_up=True))
     worker.start(dict.fromkeys(range(PARTITIONS), 0))
     assert [row["read"] for row in worker.status().values()] == [0, 0]
     assert sum(row["processed"] for row in worker.status().values()) == 500
