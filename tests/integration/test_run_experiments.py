@@ -53,7 +53,8 @@ def test_a_comparison_that_was_killed_trains_only_what_is_missing(
     client = MlflowClient(mlflow_uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments)
-    assert len(runs) == SEEDS + searched, "the killed training goes on in its run, a point that was tried is known"
+    names = sorted(str(run.info.run_name) for run in runs)
+    assert len(runs) == SEEDS + searched, f"{names}: the killed training goes on in its run, a point that was tried is known"
     assert first["result"]["run_id"] in [run.info.run_id for run in runs]
     if not searched:
         assert trainings[0] == first
