@@ -20,10 +20,10 @@ SPACE = "samples: 2\nspace:\n  train.learning_rate: {loguniform: [0.001, 0.1]}\n
 def test_a_comparison_that_was_killed_trains_only_what_is_missing(
     searched: int, tmp_path: Path, mlflow_uri: str
 ) -> None:
-    report = tmp_path / "report"
+    report, comparison_name = tmp_path / "report", f"searched-{searched}"
     one_at_a_time = ["--set", "train.workers=1", "--set", "train.cpus_per_worker=3"]
     command = [sys.executable, "ray_jobs/run_experiments.py", "configs/probe/tiny.yaml", *one_at_a_time]
-    command += ["--seeds", str(SEEDS), "--set", "train.steps=100", "--report", str(report)]
+    command += ["--seeds", str(SEEDS), "--set", "train.steps=100", "--report", str(report), "--name", comparison_name]
     if searched:
         (tmp_path / "space.yaml").write_text(SPACE)
         command += ["--search", str(tmp_path / "space.yaml")]
@@ -52,10 +52,10 @@ def test_a_comparison_that_was_killed_trains_only_what_is_missing(
     assert [one["seed"] for one in trainings] == list(range(SEEDS))
     client = MlflowClient(mlflow_uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = client.search_runs(experiments)
-    names = sorted(str(run.info.run_name) for run in runs)
-    assert len(runs) == SEEDS + searched, f"{names}: the killed training goes on in its run, a point that was tried is known"
-    assert first["result"]["run_id"] in [run.info.run_id for run in runs]
+    runs = {run.info.run_id: run.info.run_name for run in client.search_runs(experiments)}
+    own = {run_id: name for run_id, name in runs.items() if name.startswith(f"{comparison_name}-")}
+    assert len(own) == SEEDS + searched, f"{own}: the killed one goes on in its run, a point that was tried is known"
+    assert first["result"]["run_id"] in own
     if not searched:
         assert trainings[0] == first
     else:
@@ -63,6 +63,6 @@ def test_a_comparison_that_was_killed_trains_only_what_is_missing(
         assert 0.001 <= float(rate.partition("=")[2]) <= 0.1
     best = client.get_model_version_by_alias("probe-experiments", "champion")
     assert result["best"] == f"probe-experiments version {best.version}"
-    assert best.tags["champion.reason"].startswith("tiny is the best of comparison: ")
+    assert best.tags["champion.reason"].startswith(f"tiny is the best of {comparison_name}: ")
     assert [model.name for model in client.search_registered_models()] == ["probe-experiments"]
     assert not (report / "finished").exists()
