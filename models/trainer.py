@@ -51,9 +51,9 @@ __all__ = [
     "best_of",
     "checkpoints",
     "fit",
-    "load_weights",
     "pick",
     "run_of",
+    "trained",
 ]
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class TrainingStopped(KeyboardInterrupt):
 class Fit:
     """How a training ended: the best checkpoint's step and metrics, the last step, and what it took.
 
-    `weights` is a file for `load_weights` with the best checkpoint's weights, averaged where averaging is configured;
+    `weights` is a file for `trained` with the best checkpoint's weights, averaged where averaging is configured;
     `final` has those of the last step.
     """
 
@@ -137,9 +137,11 @@ def fit(
     )
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Fill a network with the weights of a file that `fit` has left."""
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["network"])
+def trained(task: Task, weights: Path) -> nn.Module:
+    """The task's network with the weights of a file that `fit` has left."""
+    network = task.build()
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["network"])
+    return network
 
 
 def checkpoints(config: TrainConfig, folder: Path, config_hash: str) -> CheckpointStore:

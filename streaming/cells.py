@@ -1,7 +1,7 @@
 """The partial aggregates of all entities: rows of cells in a pool, with the sketches that some of the cells name."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,19 @@ from streaming.records import Floats, Ints
 from streaming.sketches import Pools
 
 T = TypeVar("T", bound=np.generic)
-ForKernels = tuple[Ints, bool, Pools, Floats, Ints, Ints]
 
 _AHEAD = 16
+
+
+class CellArrays(NamedTuple):
+    """What `Cells` holds, for kernels that take rows or give them back."""
+
+    operations: Ints
+    has_sketches: bool
+    pools: Pools
+    rows: Floats
+    free: Ints
+    n_free: Ints
 
 
 class Cells:
@@ -55,9 +65,9 @@ class Cells:
         return len(self.rows) - 1 - int(self.n_free[0])
 
     @property
-    def for_kernels(self) -> ForKernels:
-        """What every kernel that takes or gives back rows is called with."""
-        return self.layout.operations, self.has_sketches, self.pools, self.rows, self.free, self.n_free
+    def arrays(self) -> CellArrays:
+        """What kernels are called with; `reserve` and `restore` replace it."""
+        return CellArrays(self.layout.operations, self.has_sketches, self.pools, self.rows, self.free, self.n_free)
 
     def nbytes(self, events: int = 0) -> int:
         """Memory that is taken once there is room for so many events."""
@@ -149,8 +159,9 @@ def prefetch_row(rows: Floats, row: int) -> None:
 
 
 @inlined
-def take_row(rows: Floats, free: Ints, n_free: Ints, heads: int) -> int:
+def take_row(cells: CellArrays, heads: int) -> int:
     """A free row, its cells behind the heads zero; the memory of one that is taken soon is asked for."""
+    rows, free, n_free = cells.rows, cells.free, cells.n_free
     n_free[0] -= 1
     row, width = free[n_free[0]], rows.shape[1]
     if n_free[0] >= _AHEAD:
@@ -161,14 +172,13 @@ def take_row(rows: Floats, free: Ints, n_free: Ints, heads: int) -> int:
 
 
 @kernel
-def give_row(
-    row: int, heads: int, operations: Ints, has_sketches: bool, pools: Pools, rows: Floats, free: Ints, n_free: Ints
-) -> None:
+def give_row(row: int, heads: int, cells: CellArrays) -> None:
     """Gives a row back, and its sketches."""
-    if has_sketches:
+    operations, rows, n_free = cells.operations, cells.rows, cells.n_free
+    if cells.has_sketches:
         for number in range(len(operations)):
             kind, cell = operations[number, SKETCH], heads + operations[number, CELL]
             if kind >= 0 and rows[row, cell] != 0.0:
-                sketches.give_block(pools, kind, int(rows[row, cell]))
-    free[n_free[0]] = row
+                sketches.give_block(cells.pools, kind, int(rows[row, cell]))
+    cells.free[n_free[0]] = row
     n_free[0] += 1

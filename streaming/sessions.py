@@ -11,13 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from streaming import partials
-from streaming.cells import Cells, give_row, take_row
+from streaming.cells import CellArrays, Cells, give_row, take_row
 from streaming.compile_kernels import kernel
 from streaming.keys import Places
 from streaming.partials import CELL, COUNT_CELL, SKETCH, Estimates
 from streaming.plan import Aggregate
 from streaming.records import Bools, Floats, Ints
-from streaming.sketches import Pools
 from streaming.windows import NEVER_US, outputs
 
 _FIRST, _LAST, _TOLD, _ROW = range(4)
@@ -80,7 +79,7 @@ class Sessions:
         """
         closed, final_due_us = self.closed(times, marks), due_us if self._final else due_us[:0]
         columns = (ids, times, closed, values, present, anew)
-        _add(*columns, self.gap_us, self._bounds, final_due_us, *self._cells.for_kernels)
+        _add(*columns, self.gap_us, self._bounds, final_due_us, self._cells.arrays)
 
     def merge(self, ids: Ints, moments_us: Ints, due_us: Ints) -> Floats:
         """The outputs [M, O] of the sessions that hold, or end, at a moment [M] each; lowers `due_us` of the entities.
@@ -88,9 +87,9 @@ class Sessions:
         `due_us` [K] becomes at most the end of the next session that ends.
         """
         out = np.zeros((len(ids), self._outputs.width))
-        cells, wanted = self._cells, self._outputs
-        wanted_of = (wanted.windows, wanted.estimates, self.gap_us, self._final, self._bounds)
-        _merge(ids, moments_us, *wanted_of, due_us, out, cells.layout.operations, cells.pools, cells.rows)
+        wanted, final = self._outputs, self._final
+        windows, estimates = wanted.windows, wanted.estimates
+        _merge(ids, moments_us, windows, estimates, self.gap_us, final, self._bounds, due_us, out, self._cells.arrays)
         return out
 
     def empty(self, keys: int, mark_us: int) -> Bools:
@@ -118,7 +117,7 @@ class Sessions:
 
     def restore(self, ids: Ints, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Takes the arrays of `state` for these entities, for which there is room; they are copied."""
-        _drop_all(ids.copy(), self._bounds, *self._cells.for_kernels)
+        _drop_all(ids.copy(), self._bounds, self._cells.arrays)
         bounds = np.zeros((len(ids), self._size, 4), dtype=np.int64)
         bounds[:, :, :_ROW] = arrays[0]
         bounds[bounds[:, :, _FIRST] != -NEVER_US, _ROW] = self._cells.restore(arrays[1:])
@@ -148,13 +147,9 @@ def _add(
     gap_us: int,
     bounds: Ints,
     due_us: Ints,
-    operations: Ints,
-    has_sketches: bool,
-    pools: Pools,
-    rows: Floats,
-    free: Ints,
-    n_free: Ints,
+    cells: CellArrays,
 ) -> None:
+    operations, rows = cells.operations, cells.rows
     sessions, width = bounds.shape[1], rows.shape[1]
     flat = rows.reshape(-1)
     for row in range(len(ids)):
@@ -162,7 +157,7 @@ def _add(
         if key < 0 or closed[row]:
             continue
         if len(anew) and anew[row]:
-            _drop(key, bounds, operations, has_sketches, pools, rows, free, n_free)
+            _drop(key, bounds, cells)
         at = 0
         while at < sessions and time <= bounds[key, at, _FIRST] - gap_us:
             at += 1
@@ -171,49 +166,39 @@ def _add(
         if bounds[key, at, _ROW] == 0 or time >= bounds[key, at, _LAST] + gap_us:
             oldest = bounds[key, sessions - 1, _ROW]
             if oldest > 0:
-                give_row(oldest, 0, operations, has_sketches, pools, rows, free, n_free)
+                give_row(oldest, 0, cells)
             for place in range(sessions - 1, at, -1):
                 bounds[key, place] = bounds[key, place - 1]
             bounds[key, at, _FIRST] = bounds[key, at, _LAST] = time
-            bounds[key, at, _ROW] = take_row(rows, free, n_free, 0)
+            bounds[key, at, _ROW] = take_row(cells, 0)
         else:
             bounds[key, at, _FIRST] = min(bounds[key, at, _FIRST], time)
             bounds[key, at, _LAST] = max(bounds[key, at, _LAST], time)
             if at + 1 < sessions and bounds[key, at, _FIRST] < bounds[key, at + 1, _LAST] + gap_us:
-                _join(key, at, bounds, operations, has_sketches, pools, rows, free, n_free)
+                _join(key, at, bounds, cells)
         bounds[key, at, _TOLD] = 0
         base = bounds[key, at, _ROW] * width
         partials.update(flat, base, operations, time, values, present, row)
-        if has_sketches:
-            partials.update_sketches(flat, base, operations, pools, values, present, row)
+        if cells.has_sketches:
+            partials.update_sketches(flat, base, operations, cells.pools, values, present, row)
         if len(due_us):
             due_us[key] = _next_end(key, gap_us, bounds)
 
 
 @kernel
-def _join(
-    key: int,
-    at: int,
-    bounds: Ints,
-    operations: Ints,
-    has_sketches: bool,
-    pools: Pools,
-    rows: Floats,
-    free: Ints,
-    n_free: Ints,
-) -> None:
+def _join(key: int, at: int, bounds: Ints, cells: CellArrays) -> None:
     """Merges a session with the one before it, whose place is taken by older ones."""
-    sessions, width = bounds.shape[1], rows.shape[1]
-    flat = rows.reshape(-1)
+    operations, sessions, width = cells.operations, bounds.shape[1], cells.rows.shape[1]
+    flat = cells.rows.reshape(-1)
     newer, older = bounds[key, at, _ROW], bounds[key, at + 1, _ROW]
     first = 0
     for end in range(1, len(operations) + 1):
         if end == len(operations) or operations[end, COUNT_CELL] != operations[first, COUNT_CELL]:
             partials.combine(flat, older * width, flat, newer * width, operations, first, end, 0)
             first = end
-    if has_sketches:
-        partials.combine_sketches(flat, older * width, newer * width, operations, pools)
-    give_row(newer, 0, operations, has_sketches, pools, rows, free, n_free)
+    if cells.has_sketches:
+        partials.combine_sketches(flat, older * width, newer * width, operations, cells.pools)
+    give_row(newer, 0, cells)
     bounds[key, at, _ROW] = older
     bounds[key, at, _FIRST] = min(bounds[key, at, _FIRST], bounds[key, at + 1, _FIRST])
     for place in range(at + 1, sessions - 1):
@@ -223,35 +208,17 @@ def _join(
 
 
 @kernel
-def _drop_all(
-    ids: Ints,
-    bounds: Ints,
-    operations: Ints,
-    has_sketches: bool,
-    pools: Pools,
-    rows: Floats,
-    free: Ints,
-    n_free: Ints,
-) -> None:
+def _drop_all(ids: Ints, bounds: Ints, cells: CellArrays) -> None:
     for key in ids:
-        _drop(key, bounds, operations, has_sketches, pools, rows, free, n_free)
+        _drop(key, bounds, cells)
 
 
 @kernel
-def _drop(
-    key: int,
-    bounds: Ints,
-    operations: Ints,
-    has_sketches: bool,
-    pools: Pools,
-    rows: Floats,
-    free: Ints,
-    n_free: Ints,
-) -> None:
+def _drop(key: int, bounds: Ints, cells: CellArrays) -> None:
     """Gives back all sessions of an entity."""
     for at in range(bounds.shape[1]):
         if bounds[key, at, _ROW] > 0:
-            give_row(bounds[key, at, _ROW], 0, operations, has_sketches, pools, rows, free, n_free)
+            give_row(bounds[key, at, _ROW], 0, cells)
         bounds[key, at, :_ROW] = -NEVER_US
         bounds[key, at, _ROW] = 0
 
@@ -276,10 +243,9 @@ def _merge(
     bounds: Ints,
     due_us: Ints,
     out: Floats,
-    operations: Ints,
-    pools: Pools,
-    rows: Floats,
+    cells: CellArrays,
 ) -> None:
+    operations, rows = cells.operations, cells.rows
     flat, flat_out = rows.reshape(-1), out.reshape(-1)
     sessions, width = bounds.shape[1], rows.shape[1]
     ends = np.append(estimates.outs[1:], out.shape[1])
@@ -304,7 +270,7 @@ def _merge(
             block[0] = int(flat[base + operations[operation, CELL]]) if found else 0
             to_estimate = out[row, estimates.outs[number] : ends[number]]
             kind = operations[operation, SKETCH]
-            partials.estimate(pools, kind, block[block > 0], estimates.quantiles[number], to_estimate)
+            partials.estimate(cells.pools, kind, block[block > 0], estimates.quantiles[number], to_estimate)
         if final:
             if found:
                 bounds[key, at, _TOLD] = 1

@@ -12,14 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from streaming import partials
-from streaming.cells import Cells, give_row, prefetch_row, take_row
+from streaming.cells import CellArrays, Cells, give_row, prefetch_row, take_row
 from streaming.compile_kernels import kernel
 from streaming.keys import Places
 from streaming.memory import address, lines, prefetch
 from streaming.partials import CELL, COUNT_CELL, SKETCH, Estimates
 from streaming.plan import Aggregate
 from streaming.records import Bools, Floats, Ints
-from streaming.sketches import Pools
 
 NEVER_US = 1 << 62
 
@@ -144,19 +143,8 @@ class Panes:
         `due_us` [K] becomes at most the end of each event's pane.
         """
         closed_us, final_due_us = marks - self._lateness_us, due_us[: self._shift * len(due_us)]
-        _add(
-            ids,
-            times,
-            closed_us,
-            values,
-            present,
-            anew,
-            self.slide_us,
-            self._size,
-            self._entities,
-            final_due_us,
-            *self._cells.for_kernels,
-        )
+        columns = (ids, times, closed_us, values, present, anew)
+        _add(*columns, self.slide_us, self._size, self._entities, final_due_us, self._cells.arrays)
 
     def merge(self, ids: Ints, moments_us: Ints, due_us: Ints) -> Floats:
         """The outputs [M, O] of the windows that hold at a moment [M] each; lowers `due_us` of these entities.
@@ -167,10 +155,9 @@ class Panes:
         currents = moments_us // self.slide_us - self._shift if self.slide_us else np.zeros_like(moments_us)
         windows, estimates, cells = self._outputs.windows, self._outputs.estimates, self._cells
         size, entities = self._size, self._entities
-        _merge(ids, currents, windows, size, entities, self.slide_us, self._shift, due_us, out, *cells.for_kernels)
+        _merge(ids, currents, windows, size, entities, self.slide_us, self._shift, due_us, out, cells.arrays)
         if len(estimates.outs):
-            read = (cells.layout.operations, cells.pools, cells.rows)
-            _estimate(ids, currents, windows, size, entities, estimates, out, *read)
+            _estimate(ids, currents, windows, size, entities, estimates, out, cells.arrays)
         return out
 
     def empty(self, keys: int, mark_us: int) -> Bools:
@@ -200,7 +187,7 @@ class Panes:
         """Takes the arrays of `state` for these entities, for which there is room; they are copied."""
         counts, panes = arrays[:2]
         cells = self._cells
-        _drop_all(ids.copy(), self._entities, *cells.for_kernels)
+        _drop_all(ids.copy(), self._entities, cells.arrays)
         rows = cells.restore(arrays[2:])
         cells.rows[rows, _PANE] = panes
         cells.rows[rows[:-1], _OLDER] = rows[1:]
@@ -233,15 +220,10 @@ def _add(
     most: int,
     entities: Ints,
     due_us: Ints,
-    operations: Ints,
-    has_sketches: bool,
-    pools: Pools,
-    rows: Floats,
-    free: Ints,
-    n_free: Ints,
+    cells: CellArrays,
 ) -> None:
-    width = rows.shape[1]
-    flat = rows.reshape(-1)
+    operations, rows = cells.operations, cells.rows
+    flat, width = rows.reshape(-1), rows.shape[1]
     start, end, pane = 0, 0, _NO_PANE
     if slide_us == 0:
         start, end, pane = -NEVER_US, NEVER_US, 0
@@ -262,7 +244,7 @@ def _add(
             start = pane * slide_us
             end = start + slide_us
         if len(anew) and anew[row]:
-            _drop(key, NEVER_US, entities, operations, has_sketches, pools, rows, free, n_free)
+            _drop(key, NEVER_US, entities, cells)
         newest = entities[key, _NEWEST]
         if end <= closed_us[row] or pane <= newest - most:
             continue
@@ -270,29 +252,30 @@ def _add(
             at = entities[key, _ROW]
         elif pane > newest:
             if entities[key, _COUNT] >= 2 * most:
-                _drop(key, pane - most, entities, operations, has_sketches, pools, rows, free, n_free)
-            at = take_row(rows, free, n_free, _HEADS)
+                _drop(key, pane - most, entities, cells)
+            at = take_row(cells, _HEADS)
             flat[at * width + _PANE], flat[at * width + _OLDER] = pane, entities[key, _ROW]
             entities[key, _NEWEST], entities[key, _ROW] = pane, at
             entities[key, _COUNT] += 1
         else:
-            at = _among_older(key, pane, entities, rows, free, n_free)
+            at = _among_older(key, pane, entities, cells)
         base = at * width + _HEADS
         partials.update(flat, base, operations, time, values, present, row)
-        if has_sketches:
-            partials.update_sketches(flat, base, operations, pools, values, present, row)
+        if cells.has_sketches:
+            partials.update_sketches(flat, base, operations, cells.pools, values, present, row)
         if len(due_us) and partials.any_present(operations, present, row):
             due_us[key] = min(due_us[key], end)
 
 
 @kernel
-def _among_older(key: int, pane: int, entities: Ints, rows: Floats, free: Ints, n_free: Ints) -> int:
+def _among_older(key: int, pane: int, entities: Ints, cells: CellArrays) -> int:
     """The row of a pane older than the newest one; a new row where it has none."""
+    rows = cells.rows
     newer, at = 0, entities[key, _ROW]
     while at > 0 and rows[at, _PANE] > pane:
         newer, at = at, int(rows[at, _OLDER])
     if at == 0 or rows[at, _PANE] < pane:
-        older, at = at, take_row(rows, free, n_free, _HEADS)
+        older, at = at, take_row(cells, _HEADS)
         rows[at, _PANE], rows[at, _OLDER] = pane, older
         rows[newer, _OLDER] = at
         entities[key, _COUNT] += 1
@@ -300,18 +283,9 @@ def _among_older(key: int, pane: int, entities: Ints, rows: Floats, free: Ints, 
 
 
 @kernel
-def _drop(
-    key: int,
-    last: int,
-    entities: Ints,
-    operations: Ints,
-    has_sketches: bool,
-    pools: Pools,
-    rows: Floats,
-    free: Ints,
-    n_free: Ints,
-) -> None:
+def _drop(key: int, last: int, entities: Ints, cells: CellArrays) -> None:
     """Gives back the panes of an entity up to one."""
+    rows = cells.rows
     newer, at = 0, entities[key, _ROW]
     while at > 0 and rows[at, _PANE] > last:
         newer, at = at, int(rows[at, _OLDER])
@@ -319,42 +293,25 @@ def _drop(
         rows[newer, _OLDER] = 0
     else:
         entities[key, _NEWEST], entities[key, _ROW] = _NO_PANE, 0
-    entities[key, _COUNT] -= _give(at, operations, has_sketches, pools, rows, free, n_free)
+    entities[key, _COUNT] -= _give(at, cells)
 
 
 @kernel
-def _give(
-    at: int,
-    operations: Ints,
-    has_sketches: bool,
-    pools: Pools,
-    rows: Floats,
-    free: Ints,
-    n_free: Ints,
-) -> int:
+def _give(at: int, cells: CellArrays) -> int:
     """Gives back a pane and those older; how many they were."""
     count = 0
     while at > 0:
-        older = int(rows[at, _OLDER])
-        give_row(at, _HEADS, operations, has_sketches, pools, rows, free, n_free)
+        older = int(cells.rows[at, _OLDER])
+        give_row(at, _HEADS, cells)
         at = older
         count += 1
     return int(count)
 
 
 @kernel
-def _drop_all(
-    ids: Ints,
-    entities: Ints,
-    operations: Ints,
-    has_sketches: bool,
-    pools: Pools,
-    rows: Floats,
-    free: Ints,
-    n_free: Ints,
-) -> None:
+def _drop_all(ids: Ints, entities: Ints, cells: CellArrays) -> None:
     for key in ids:
-        _drop(key, NEVER_US, entities, operations, has_sketches, pools, rows, free, n_free)
+        _drop(key, NEVER_US, entities, cells)
 
 
 @kernel
@@ -368,54 +325,29 @@ def _merge(
     shift: int,
     due_us: Ints,
     out: Floats,
-    operations: Ints,
-    has_sketches: bool,
-    pools: Pools,
-    rows: Floats,
-    free: Ints,
-    n_free: Ints,
+    cells: CellArrays,
 ) -> None:
-    flat, flat_out, width = rows.reshape(-1), out.reshape(-1), rows.shape[1]
+    operations = cells.operations
+    flat, flat_out = cells.rows.reshape(-1), out.reshape(-1)
     longest = windows[:, 2].max()
     entities_base = address(entities)
     panes = np.empty((_TOGETHER, most), dtype=np.int64)
     bases = np.empty((_TOGETHER, most), dtype=np.int64)
     found, newer, next_row = np.zeros((3, _TOGETHER), dtype=np.int64)
     for first in range(0, len(ids), _TOGETHER):
-        together = min(_TOGETHER, len(ids) - first)
-        for soon in range(first + _TOGETHER, min(first + 2 * _TOGETHER, len(ids))):
+        last = min(first + _TOGETHER, len(ids))
+        for soon in range(last, min(last + _TOGETHER, len(ids))):
             prefetch(entities_base + 8 * _WIDTH * ids[soon])
-        for one in range(together):
-            key = ids[first + one]
-            found[one], next_row[one] = 0, entities[key, _ROW]
-            prefetch_row(rows, next_row[one])
-        walking = True
-        while walking:  # a step for each entity in turn, so that many wait for memory at a time
-            walking = False
-            for one in range(together):
-                at = next_row[one]
-                if at == 0:
-                    continue
-                key, pane = ids[first + one], int(flat[at * width + _PANE])
-                if pane <= entities[key, _NEWEST] - most:
-                    rows[newer[one], _OLDER] = 0
-                    entities[key, _COUNT] -= _give(at, operations, has_sketches, pools, rows, free, n_free)
-                    next_row[one] = 0
-                    continue
-                if pane > currents[first + one] - longest:
-                    panes[one, found[one]], bases[one, found[one]] = pane, at * width + _HEADS
-                    found[one] += 1
-                newer[one], at = at, int(flat[at * width + _OLDER])
-                next_row[one] = at
-                walking |= at > 0
-                prefetch_row(rows, at)
-        for one in range(together):
-            key, current = ids[first + one], currents[first + one]
+        _gather(
+            ids[first:last], currents[first:last] - longest, most, entities, panes, bases, found, newer, next_row, cells
+        )
+        for row in range(first, last):
+            one, current = row - first, currents[row]
             change = NEVER_US
             for window in range(len(windows)):
                 first_operation, end_operation, length = windows[window, 0], windows[window, 1], windows[window, 2]
                 count_at = operations[first_operation, COUNT_CELL]
-                to = (first + one) * out.shape[1] + windows[window, 3]
+                to = row * out.shape[1] + windows[window, 3]
                 any_found = False
                 for number in range(found[one] - 1, -1, -1):
                     base, pane = bases[one, number], panes[one, number]
@@ -429,7 +361,51 @@ def _merge(
                         any_found = True
                         change = min(change, pane + length)
             if change < NEVER_US and slide_us > 0:
-                due_us[key] = min(due_us[key], (change + shift) * slide_us)
+                due_us[ids[row]] = min(due_us[ids[row]], (change + shift) * slide_us)
+
+
+@kernel
+def _gather(
+    ids: Ints,
+    after: Ints,
+    most: int,
+    entities: Ints,
+    panes: Ints,
+    bases: Ints,
+    found: Ints,
+    newer: Ints,
+    next_row: Ints,
+    cells: CellArrays,
+) -> None:
+    """Finds the panes of a few entities after one each, newest first: their numbers and cells; gives back too old ones.
+
+    It goes a step for each entity in turn, so that many wait for memory at a time.
+    """
+    rows = cells.rows
+    flat, width = rows.reshape(-1), rows.shape[1]
+    for one in range(len(ids)):
+        found[one], next_row[one] = 0, entities[ids[one], _ROW]
+        prefetch_row(rows, next_row[one])
+    walking = True
+    while walking:
+        walking = False
+        for one in range(len(ids)):
+            at = next_row[one]
+            if at == 0:
+                continue
+            key, pane = ids[one], int(flat[at * width + _PANE])
+            if pane <= entities[key, _NEWEST] - most:
+                rows[newer[one], _OLDER] = 0
+                entities[key, _COUNT] -= _give(at, cells)
+                next_row[one] = 0
+                continue
+            if pane > after[one]:
+                panes[one, found[one]], bases[one, found[one]] = pane, at * width + _HEADS
+                found[one] += 1
+            newer[one], at = at, int(flat[at * width + _OLDER])
+            next_row[one] = at
+            walking |= at > 0
+            prefetch_row(rows, at)
 
 
 @kernel
@@ -441,10 +417,9 @@ def _estimate(
     entities: Ints,
     estimates: Estimates,
     out: Floats,
-    operations: Ints,
-    pools: Pools,
-    rows: Floats,
+    cells: CellArrays,
 ) -> None:
+    operations, rows = cells.operations, cells.rows
     blocks = np.empty(most, dtype=np.int64)
     ends = np.append(estimates.outs[1:], out.shape[1])
     for row in range(len(ids)):
@@ -460,7 +435,7 @@ def _estimate(
                 at = int(rows[at, _OLDER])
             kind = operations[operation, SKETCH]
             to = out[row, estimates.outs[number] : ends[number]]
-            partials.estimate(pools, kind, blocks[first:], estimates.quantiles[number], to)
+            partials.estimate(cells.pools, kind, blocks[first:], estimates.quantiles[number], to)
 
 
 @kernel

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models import trainer
-from models.registry import ModelVersion, Registry
-from models.runs import Run, claimed, flatten, opened
+from models.runs import Run, flatten
 from models.segmentation import figures, predict
 from models.segmentation.config import PredictConfig, SegmentationConfig
 from models.segmentation.data import Splits, training_number, training_scan
@@ -24,6 +23,7 @@ from models.segmentation.predict import SegmentationPredictor
 from models.segmentation.preprocess import augment, normalise, prepare, prepare_mask
 from models.segmentation.scans import Image, Mask, Scan
 from models.segmentation.scores import best_rule, mean_scores, overlap, threshold_mask
+from models.training_run import training_run
 
 logger = logging.getLogger(__name__)
 
@@ -149,40 +149,21 @@ def train(config: SegmentationConfig, found: Splits, *, home: Path, tracking_uri
         RunError: the name is in use or belongs to another configuration.
     """
     task = SegmentationTask(config, found.train, found.validation)
-    config_hash = fingerprint(config, found)
-    name = config.train.name or f"{config.registered_name}-{config_hash[:10]}"
-    with (
-        claimed(home / "training", name, config_hash) as claim,
-        opened(
-            tracking_uri,
-            config.registered_name,
-            claim.name,
-            claim.run_id or trainer.run_of(config.train, claim.folder, config_hash),
-        ) as run,
-    ):
-        claim.remember(run.id, finished=False)
-        run.log_params(_parameters(config, found))
-        fitted = trainer.fit(
-            SegmentationTask(config, found.train, found.validation),
-            config.train,
-            folder=claim.folder,
-            config_hash=config_hash,
-            tracking_uri=tracking_uri,
-            run_id=run.id,
-        )
-        predictor = task.predictor(_trained(task, fitted.weights))
+    config_hash, parameters = fingerprint(config, found), _parameters(config, found)
+    with training_run(config.registered_name, config.train, config_hash, parameters, home, tracking_uri) as training:
+        fitted = training.fit(task)
+        predictor = task.predictor(trainer.trained(task, fitted.weights))
         predictor.threshold, predictor.peak = chosen_limits(predictor, found.validation, config.predict)
         masks = tuple(one.mask for one in predictor.segment([scan.image for scan in found.test]))
         scores = mean_scores(masks, found.test)
         rule, rule_masks = threshold_masks(config, found)
         rule_scores = mean_scores(rule_masks, found.test)
-        run.log_metrics({f"test_{key}": value for key, value in scores.items()}, fitted.steps)
-        run.log_metrics({f"test_rule_{key}": value for key, value in rule_scores.items()}, fitted.steps)
-        _draw(run, tracking_uri, predictor, found, config.predict.panels)
-        registry = Registry(tracking_uri)
-        version = _upload(registry, config, predictor, run, found, scores)
-        alias = registry.enter(version)
-        claim.remember(run.id, finished=True)
+        training.run.log_metrics({f"test_{key}": value for key, value in scores.items()}, fitted.steps)
+        training.run.log_metrics({f"test_rule_{key}": value for key, value in rule_scores.items()}, fitted.steps)
+        _draw(training.run, tracking_uri, predictor, found, config.predict.panels)
+        tags = {"task": "segmentation", "split_hash": found.hash, "source": found.source}
+        tags |= {key: f"{value:.6f}" for key, value in scores.items()}
+        entered = training.enter(training.register("model", predictor.save, tags), fitted)
     result = {
         **{key: round(value, 4) for key, value in scores.items()},
         "validation_dice": round(fitted.metrics["dice"], 4),
@@ -191,18 +172,10 @@ def train(config: SegmentationConfig, found: Splits, *, home: Path, tracking_uri
         "rule_dice": round(rule_scores["dice"], 4),
         "threshold": predictor.threshold,
         "peak": predictor.peak,
-        "steps": fitted.steps,
-        "best_step": fitted.best_step,
-        "seconds": round(fitted.seconds, 1),
-        "model": config.registered_name,
-        "version": version.version,
-        "alias": alias,
-        "run_id": run.id,
-        "run": claim.name,
+        **entered,
         "source": found.source,
         "images": {"train": task.size, "validation": len(found.validation), "test": len(found.test)},
         "skipped": found.skipped,
-        "restarts": fitted.restarts,
         "parameters": sum(parameter.numel() for parameter in predictor.network.parameters()),
     }
     return Outcome(result, fitted, predictor, task, masks, rule, tuple(rule_masks))
@@ -240,12 +213,6 @@ def threshold_masks(config: SegmentationConfig, found: Splits) -> tuple[str, lis
     return rule, [threshold_mask(scan.image, rule) for scan in found.test]
 
 
-def _trained(task: SegmentationTask, weights: Path) -> nn.Module:
-    network = task.build()
-    trainer.load_weights(network, weights)
-    return network
-
-
 def _draw(run: Run, tracking_uri: str, predictor: SegmentationPredictor, found: Splits, panels: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for path in (
@@ -254,22 +221,6 @@ def _draw(run: Run, tracking_uri: str, predictor: SegmentationPredictor, found: 
         ):
             if path is not None:
                 run.log_file(path, "figures")
-
-
-def _upload(
-    registry: Registry,
-    config: SegmentationConfig,
-    predictor: SegmentationPredictor,
-    run: Run,
-    found: Splits,
-    scores: Mapping[str, float],
-) -> ModelVersion:
-    tags = {"task": "segmentation", "split_hash": found.hash, "source": found.source}
-    tags |= {key: f"{value:.6f}" for key, value in scores.items()}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
-        predictor.save(folder)
-        return registry.register(config.registered_name, folder, run_id=run.id, tags=tags)
 
 
 def fingerprint(config: SegmentationConfig, found: Splits) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from models import trainer
-from models.registry import BASELINE, ModelVersion, Registry
-from models.runs import Run, claimed, flatten, opened
+from models.registry import BASELINE, Registry
+from models.runs import flatten
+from models.training_run import training_run
 from models.whisper import network as networks
 from models.whisper import predict
 from models.whisper.augment import distort, disturb
@@ -163,85 +163,38 @@ def train(config: WhisperConfig, found: Splits, *, home: Path, tracking_uri: str
     pinned, config = _resolved(config, registry, home / "models")
     config_hash = _fingerprint(pinned, found)
     task = WhisperTask(config, found.train, found.validation)
-    name = config.train.name or f"{config.registered_name}-{config_hash[:10]}"
-    with (
-        claimed(home / "training", name, config_hash) as claim,
-        opened(
-            tracking_uri,
-            config.registered_name,
-            claim.name,
-            claim.run_id or trainer.run_of(config.train, claim.folder, config_hash),
-        ) as run,
-    ):
-        claim.remember(run.id, finished=False)
-        run.log_params(_parameters(pinned, found))
+    parameters = _parameters(pinned, found)
+    with training_run(config.registered_name, config.train, config_hash, parameters, home, tracking_uri) as training:
         torch.manual_seed(config.train.seed)
         baseline = task.predictor(networks.merged(task.build()))
         before = rates_of(errors(baseline, found.test))
-        logger.info(json.dumps({"event": "before training", "run": claim.name, **before}))
-        fitted = trainer.fit(
-            WhisperTask(config, found.train, found.validation),
-            config.train,
-            folder=claim.folder,
-            config_hash=config_hash,
-            tracking_uri=tracking_uri,
-            run_id=run.id,
-        )
-        trained = task.build()
-        trainer.load_weights(trained, fitted.weights)
+        logger.info(json.dumps({"event": "before training", "run": training.claim.name, **before}))
+        fitted = training.fit(WhisperTask(config, found.train, found.validation))
+        trained = trainer.trained(task, fitted.weights)
         predictor = task.predictor(networks.merged(trained))
         each = each_errors(predictor, found.test)
         after = rates_of(sums(each))
         rates = {f"before_{key}": value for key, value in before.items()} | after
-        run.log_metrics({f"test_{key}": value for key, value in rates.items()}, fitted.steps)
-        _register_baseline(registry, config.registered_name, baseline, run, found, before)
-        version = _upload(registry, config.registered_name, predictor, "model", run, found, after)
-        alias = registry.enter(version)
-        claim.remember(run.id, finished=True)
+        training.run.log_metrics({f"test_{key}": value for key, value in rates.items()}, fitted.steps)
+        if (config.registered_name, BASELINE) not in registry.aliases():
+            untrained = training.register("baseline", baseline.save, _tags(found, before))
+            registry.set_alias(untrained.name, BASELINE, untrained.version, "the network before any training")
+        entered = training.enter(training.register("model", predictor.save, _tags(found, after)), fitted)
     return {
         "wer_before": before["wer"],
         "wer_after": after["wer"],
         "cer_after": after["cer"],
         "wer_by": by_subset(found.test, each),
-        "steps": fitted.steps,
-        "best_step": fitted.best_step,
-        "seconds": round(fitted.seconds, 1),
-        "model": config.registered_name,
-        "version": version.version,
-        "alias": alias,
-        "run_id": run.id,
-        "run": claim.name,
+        **entered,
         "source": found.source,
         "skipped": found.skipped,
-        "restarts": fitted.restarts,
         "parameters": sum(parameter.numel() for parameter in trained.parameters()),
     }
 
 
-def _register_baseline(
-    registry: Registry, name: str, baseline: WhisperPredictor, run: Run, found: Splits, rates: Mapping[str, float]
-) -> None:
-    """Register the network as it is before training, once for all runs."""
-    if (name, BASELINE) not in registry.aliases():
-        version = _upload(registry, name, baseline, "baseline", run, found, rates)
-        registry.set_alias(name, BASELINE, version.version, "the network before any training")
-
-
-def _upload(
-    registry: Registry,
-    name: str,
-    predictor: WhisperPredictor,
-    part: str,
-    run: Run,
-    found: Splits,
-    rates: Mapping[str, float],
-) -> ModelVersion:
+def _tags(found: Splits, rates: Mapping[str, float]) -> dict[str, str]:
     tags = {"task": "whisper", "split_hash": found.hash, "source": found.source}
-    tags |= {key: f"{value:.6f}" for key, value in rates.items()}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / part
-        predictor.save(folder)
-        return registry.register(name, folder, run_id=run.id, tags=tags)
+    return tags | {key: f"{value:.6f}" for key, value in rates.items()}
 
 
 def _resolved(config: WhisperConfig, registry: Registry, cache: Path) -> tuple[WhisperConfig, WhisperConfig]:
