@@ -50,16 +50,14 @@ def evaluate(config: WhisperConfig, data: Path | None, repo: Path, tracking_uri:
     found = splits(config.data, data, home)
     write_features(found, home / "features" / "offline" / "utterance_audio")
     held_out = found.test[: config.evaluate.max_utterances]
-    trained_beside = chosen[0].version.tags.get("split_hash")
+    beside = chosen[0].version.split_hash
     pending = [_submit(candidate, tracking_uri, home / "models", held_out) for candidate in chosen]
     notes = [
         "Whole sentences are resampled, each with all its conditions: intervals cover new sentences, not new speakers.",
         "References and transcripts are compared in lower case.",
     ]
-    if trained_beside not in (None, found.hash):
-        notes.append(
-            f"The champion was trained beside another test split ({trained_beside}): it may have heard these samples."
-        )
+    if beside != found.hash:
+        notes.append(f"The champion was trained beside another test split ({beside}): it may have heard these samples.")
     known: Mapping[str, Mapping[str, Any]] = {}
     if config.evaluate.feature_service is not None:
         try:

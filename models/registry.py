@@ -16,6 +16,8 @@ CHAMPION = "champion"
 CHALLENGER = "challenger"
 PREVIOUS = "previous"
 BASELINE = "baseline"
+EXPERIMENTS = "-experiments"
+"""After the name of a model: what comparisons register, so that none of them touches a model that is served."""
 
 
 class RegistryError(ValueError):
@@ -31,6 +33,11 @@ class ModelVersion:
     run_id: str
     tags: Mapping[str, str]
     source: str
+
+    @property
+    def split_hash(self) -> str:
+        """The test split beside which it was trained: what it never saw."""
+        return self.tags.get("split_hash", "unknown")
 
 
 class Registry:
@@ -114,6 +121,17 @@ class Registry:
         known = ", ".join(sorted(f"{model}@{given}" for model, given in self.aliases())) or "nothing"
         wanted = f"{name} version {reference}" if reference.isdecimal() else f"{name}@{reference}"
         raise RegistryError(f"{wanted} is not registered; registered: {known}.")
+
+    def find(self, model: str, name: str, cache: Path) -> tuple[Path, ModelVersion | None]:
+        """A model's folder, from a path or from the number or alias of a version of the name; and which version it is.
+
+        Raises:
+            RegistryError: there is no such folder, version or alias.
+        """
+        if Path(model).is_dir():
+            return Path(model), None
+        version = self.resolve(name, model)
+        return self.download(version, cache), version
 
     def download(self, version: ModelVersion, cache: Path) -> Path:
         """The version's files in `cache/<name>/<version>`, fetched once; a download that breaks off leaves nothing."""

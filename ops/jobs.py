@@ -91,9 +91,7 @@ def ray_session() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS", "")
     inside_cluster = bool(address) and not address.startswith("http")
     if not inside_cluster:
-        os.environ.pop("RAY_ADDRESS", None)
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        own_ray()
 
     import ray
 
@@ -105,6 +103,14 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def own_ray() -> None:
+    """Prepare the environment for a Ray that this process starts for itself alone, before Ray is imported."""
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **RAY_SETTINGS}.items():
+        os.environ.setdefault(name, value)
 
 
 def start_ray(num_cpus: int, folder: str | None = None) -> None:

@@ -1,12 +1,10 @@
-"""The trainings of a comparison: side by side, searched for with Ray Tune, and none done twice.
-
-What they register is named `<registered name>-experiments`, so that no comparison touches a model that is served.
-"""
+"""The trainings of a comparison: side by side, searched for with Ray Tune, and none done twice."""
 
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,16 @@ from mlflow import MlflowClient
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models import tasks
-from models.registry import Registry
+from models.registry import EXPERIMENTS
 from ops.configuration import load
 from ops.environment import Environment
 from ops.experiments import Outcome, Row
 
+logger = logging.getLogger(__name__)
+
 TRAIN_LOSS = "train_loss"
 SEARCH_SEED = 0
-SPACES = {"choice": None, "uniform": 2, "loguniform": 2, "randint": 2}
-SUFFIX = "-experiments"
+CHOICE, RANGES = "choice", ("uniform", "loguniform", "randint")
 
 
 class SearchConfig(BaseModel):
@@ -41,11 +40,14 @@ class SearchConfig(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> "SearchConfig":
-        for key, spaces in self.space.items():
-            known = [name in SPACES and len(values) == (SPACES[name] or len(values)) for name, values in spaces.items()]
-            if known != [True]:
+        for key, distribution in self.space.items():
+            if len(distribution) != 1 or not all(_is_known(name, given) for name, given in distribution.items()):
                 raise ValueError(f"{key} must be one of choice: [...], uniform, loguniform or randint: [low, high]")
         return self
+
+
+def _is_known(name: str, given: list[Any]) -> bool:
+    return (name == CHOICE and bool(given)) or (name in RANGES and len(given) == 2)
 
 
 class Finished:
@@ -88,23 +90,23 @@ class Trial:
     def __init__(
         self, task: str, environment: Environment, curve: str, higher_is_better: bool, name: str, finished: Finished
     ) -> None:
-        self._task, self._environment, self._curve, self._name = task, environment, curve, name
+        self._task, self.environment, self._curve, self._name = task, environment, curve, name
         self._finished = finished
         self.higher_is_better = higher_is_better
 
     def __call__(self, path: Path, seed: int, overrides: Sequence[str], suffix: str = "") -> Outcome:
         """Train a configuration file with a seed and overrides, unless the comparison that goes on here has done it."""
-        self._environment.export()
+        self.environment.export()
         experiment = f"{path.stem}{suffix}"
         own = [*overrides, f"train.seed={seed}", f"train.name={self._name}-{experiment}-{seed}"]
         try:
             config: Any = load(tasks.named(self._task).config, path, own)
         except ValueError as error:
             return Outcome(experiment, seed, None, error=str(error))
-        recipe = f"{config.model_dump_json()} {self._environment.data}"
+        recipe = f"{config.model_dump_json()} {self.environment.data}"
         if (known := self._finished.recall(experiment, seed, recipe)) is not None:
             return known
-        config = config.model_copy(update={"registered_name": f"{config.registered_name}{SUFFIX}"})
+        config = config.model_copy(update={"registered_name": f"{config.registered_name}{EXPERIMENTS}"})
         outcome = self._train(config, experiment, seed)
         if outcome.score is not None:
             self._finished.remember(outcome, recipe)
@@ -113,17 +115,20 @@ class Trial:
     def _train(self, config: Any, experiment: str, seed: int) -> Outcome:
         kind = tasks.named(self._task)
         try:
-            found = kind.data(config, self._environment.data, self._environment.home)
-            home, uri = self._environment.home, self._environment.tracking_uri
+            found = kind.data(config, self.environment.data, self.environment.home)
+            home, uri = self.environment.home, self.environment.tracking_uri
             result = dict(kind.train(config, found, home=home, tracking_uri=uri))
+            curves = {name: self._history(str(result["run_id"]), name) for name in (self._curve, TRAIN_LOSS)}
         except Exception as error:
+            logger.exception(json.dumps({"event": "training failed", "experiment": experiment, "seed": seed}))
             return Outcome(experiment, seed, None, error=f"{type(error).__name__}: {error}"[:1000])
-        curves = {name: self._history(str(result["run_id"]), name) for name in (self._curve, TRAIN_LOSS)}
-        best = max if self.higher_is_better else min
-        return Outcome(experiment, seed, best(value for _, value in curves[self._curve]), result, curves)
+        values = [value for _, value in curves[self._curve]]
+        if not values:
+            return Outcome(experiment, seed, None, error=f"{self._curve} was never a finite number.")
+        return Outcome(experiment, seed, (max if self.higher_is_better else min)(values), result, curves)
 
     def _history(self, run_id: str, name: str) -> list[tuple[int, float]]:
-        history = MlflowClient(self._environment.tracking_uri).get_metric_history(run_id, name)
+        history = MlflowClient(self.environment.tracking_uri).get_metric_history(run_id, name)
         return sorted((point.step, point.value) for point in history)
 
 
@@ -140,17 +145,19 @@ def room_for(trains: Sequence[Any]) -> int:
 
 def train_all(
     trial: Trial, jobs: Sequence[tuple[Path, int]], overrides: Mapping[str, Sequence[str]], room: int
-) -> Iterator[tuple[tuple[Path, int], Outcome]]:
-    """The outcomes of jobs as they come, as many at a time as there is room for."""
+) -> list[Outcome]:
+    """The outcomes of jobs, in their order; as many at a time as there is room for."""
     remote: Any = ray.remote(num_cpus=0)(_call)
     waiting = list(jobs)
     running: dict[Any, tuple[Path, int]] = {}
+    done: dict[tuple[Path, int], Outcome] = {}
     while waiting or running:
         while waiting and len(running) < room:
             path, seed = waiting.pop(0)
             running[remote.remote(trial, path, seed, overrides[path.stem])] = path, seed
         ready, _ = ray.wait(list(running), num_returns=1)
-        yield running.pop(ready[0]), ray.get(ready[0])
+        done[running.pop(ready[0])] = ray.get(ready[0])
+    return [done[job] for job in jobs]
 
 
 def _call(trial: Trial, path: Path, seed: int, overrides: Sequence[str]) -> Outcome:
@@ -163,17 +170,16 @@ def search(trial: Trial, path: Path, overrides: Sequence[str], config: SearchCon
     from ray.tune.search import BasicVariantGenerator
 
     def attempt(point: dict[str, Any]) -> None:
-        chosen = [f"{key}={value}" for key, value in point.items()]
         suffix = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:8]
-        outcome = trial(path, 0, [*overrides, *chosen], f"-{suffix}")
+        outcome = trial(path, 0, [*overrides, *_settings(point)], f"-{suffix}")
         if outcome.score is None:
             raise RuntimeError(outcome.error)
         tune.report({"score": outcome.score})
 
     space = {
-        key: tune.choice(values) if name == "choice" else getattr(tune, name)(*values)
-        for key, spaces in config.space.items()
-        for name, values in spaces.items()
+        key: tune.choice(given) if name == CHOICE else getattr(tune, name)(*given)
+        for key, distribution in config.space.items()
+        for name, given in distribution.items()
     }
     results = tune.Tuner(
         tune.with_resources(attempt, {"cpu": 0.01}),
@@ -184,22 +190,19 @@ def search(trial: Trial, path: Path, overrides: Sequence[str], config: SearchCon
             num_samples=config.samples,
             search_alg=BasicVariantGenerator(random_state=SEARCH_SEED, max_concurrent=room),
         ),
-        run_config=tune.RunConfig(storage_path=str(Environment.read().home / "tune"), name=path.stem),
+        run_config=tune.RunConfig(storage_path=str(trial.environment.home / "tune"), name=path.stem),
     ).fit()
-    point = results.get_best_result().config or {}
-    return [*overrides, *(f"{key}={value}" for key, value in point.items())]
+    return [*overrides, *_settings(results.get_best_result().config or {})]
 
 
-def crown(
-    registry: Registry, comparison: str, higher_is_better: bool, rows: Sequence[Row], outcomes: Sequence[Outcome]
-) -> str:
-    """Make the best training of the best configuration the champion among the experiments; `name version N`."""
-    sign = 1 if higher_is_better else -1
-    row = max((row for row in rows if row.mean is not None), key=lambda row: sign * float(row.mean or 0.0))
-    scored = [outcome for outcome in outcomes if outcome.experiment == row.experiment and outcome.score is not None]
-    best = max(scored, key=lambda outcome: sign * float(outcome.score or 0.0))
-    name, version = str(best.result["model"]), int(best.result["version"])
-    registry.promote(
-        name, version, f"{row.experiment} is the best of {comparison}: {row.mean:.4f} over {row.seeds} seeds"
-    )
-    return f"{name} version {version}"
+def _settings(point: Mapping[str, Any]) -> list[str]:
+    """A point of a search space as overrides, which are read as YAML."""
+    return [f"{key}={json.dumps(value)}" for key, value in point.items()]
+
+
+def best_of(rows: Sequence[Row], outcomes: Sequence[Outcome], higher_is_better: bool) -> tuple[Row, Outcome]:
+    """The configuration with the best mean, and its best training."""
+    best = max if higher_is_better else min
+    _, row = best(((row.mean, row) for row in rows if row.mean is not None), key=lambda pair: pair[0])
+    own = ((one.score, one) for one in outcomes if one.experiment == row.experiment and one.score is not None)
+    return row, best(own, key=lambda pair: pair[0])[1]

@@ -3,11 +3,10 @@
 import argparse
 import time
 
-import psutil
-
 from ops.environment import Environment
 from ops.jobs import JobError, add_repo, open_repo, parser, ray_session, run
 from streaming import backfill, history
+from streaming.allowance import share_bytes
 from streaming.views import plans
 
 
@@ -47,7 +46,7 @@ def main() -> dict[str, object]:
             history.pieces(plan, args.input),
             output,
             args.workers,
-            max_state_bytes=psutil.virtual_memory().total // 2 // args.workers,
+            max_state_bytes=share_bytes(args.workers),
         )
     return {
         "view": plan.view,

@@ -1,8 +1,6 @@
 """Train with a fault on purpose and report what it cost: `chaos.py --config FILE --fault sigkill --fault node`."""
 
 import json
-import os
-import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from models.training.config import TrainConfig
 from models.training.faults import Fault
 from ops.configuration import load
 from ops.environment import Environment
-from ops.jobs import RAY_SETTINGS, JobError, parser, ray_session, run
+from ops.jobs import JobError, own_ray, parser, ray_session, run
 
 NODE_CPUS = 2
 
@@ -30,8 +28,9 @@ def main() -> dict[str, object]:
     environment.export()
     kind = tasks.named(arguments.config.absolute().parent.name)
     config: Any = load(kind.config, arguments.config, arguments.overrides)
-    step = arguments.at_step or config.train.steps // 2 + config.train.checkpoint_every // 2
-    if not config.train.checkpoint_every < step < config.train.steps:
+    every = config.train.checkpoint_every
+    step = arguments.at_step or config.train.steps // (2 * every) * every + every // 2
+    if not every < step < config.train.steps:
         raise JobError(f"The fault at step {step} must come after the first checkpoint and before the last step.")
     task = kind.task(config, kind.data(config, environment.data, environment.home))
     faults: list[Fault] = arguments.fault or [fault for fault in get_args(Fault) if fault != "node"]
@@ -46,7 +45,8 @@ def main() -> dict[str, object]:
                 found += costs(task, train, here, step, Path(folder))
         if "node" in faults:
             with _two_nodes() as lose_node:
-                elastic = train.model_copy(update={"workers": (1, 2), "cpus_per_worker": NODE_CPUS})
+                apart = None if train.storage is None else f"{train.storage}/nodes"
+                elastic = train.model_copy(update={"workers": (1, 2), "cpus_per_worker": NODE_CPUS, "storage": apart})
                 found += costs(task, elastic, ["node"], step, Path(folder) / "nodes", lose_node)
     report = arguments.report or environment.home / "reports" / "chaos"
     report.mkdir(parents=True, exist_ok=True)
@@ -84,10 +84,7 @@ def _stored_apart(config: TrainConfig, name: str) -> Iterator[TrainConfig]:
 @contextmanager
 def _two_nodes() -> Iterator[Callable[[], None]]:
     """A Ray of two nodes, each with room for one worker; what it gives ends the second one without a warning."""
-    os.environ.pop("RAY_ADDRESS", None)
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **RAY_SETTINGS}.items():
-        os.environ.setdefault(name, value)
+    own_ray()
 
     import ray
     from ray.cluster_utils import Cluster

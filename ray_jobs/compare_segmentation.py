@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from evaluation.segmentation import Trial, load_trial, rows, write
+from models.registry import EXPERIMENTS
 from models.segmentation import data
 from models.segmentation.config import SegmentationConfig
 from models.segmentation.train import fingerprint, train
@@ -30,7 +31,7 @@ def main() -> dict[str, object]:
 def _config(path: Path, overrides: list[str], seed: int) -> SegmentationConfig:
     """A configuration with the seed of its split and training; its models aren't those that are served."""
     config = load(SegmentationConfig, path, [*overrides, f"train.seed={seed}", f"data.seed={seed}"])
-    return config.model_copy(update={"registered_name": f"{config.registered_name}-experiments"})
+    return config.model_copy(update={"registered_name": f"{config.registered_name}{EXPERIMENTS}"})
 
 
 def _trial(name: str, config: SegmentationConfig, environment: Environment, output: Path) -> Trial:

@@ -31,10 +31,11 @@ def main() -> dict[str, object]:
     config = load(SegmentationConfig, given.config, given.overrides)
     name = config.registered_name
     output = (given.output or environment.home / "reports" / f"{name}-evaluation").absolute()
-    predictor = predict.find(given.model, name, environment.tracking_uri, environment.home / "models")
+    folder, version = Registry(environment.tracking_uri).find(given.model, name, environment.home / "models")
+    predictor = predict.load(folder)
     found = data.splits(config.data, environment.data)
-    if not Path(given.model).is_dir():
-        _warn_if_seen(Registry(environment.tracking_uri).resolve(name, given.model), found)
+    if version is not None and version.split_hash != found.hash:
+        _warn_of_split(version, found)
     masks = [one.mask for one in predictor.segment([scan.image for scan in found.test])]
     rule, rule_masks = threshold_masks(config, found)
     scored = rows(found.test, masks, rule_masks)
@@ -52,11 +53,10 @@ def main() -> dict[str, object]:
     return {**result, "report": str(output / "evaluation.md")}
 
 
-def _warn_if_seen(version: ModelVersion, found: data.Splits) -> None:
-    beside = version.tags.get("split_hash")
-    if beside != found.hash:
-        reason = f"version {version.version} was trained beside test split {beside}: it may have seen these images"
-        logger.warning(json.dumps({"event": "other split", "split_hash": found.hash, "reason": reason}))
+def _warn_of_split(version: ModelVersion, found: data.Splits) -> None:
+    beside = f"version {version.version} was trained beside test split {version.split_hash}"
+    line = {"event": "other split", "split_hash": found.hash, "reason": f"{beside}: it may have seen these images"}
+    logger.warning(json.dumps(line))
 
 
 if __name__ == "__main__":

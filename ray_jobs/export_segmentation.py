@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from models.registry import Registry
 from models.segmentation import data, edge, predict
 from models.segmentation.config import SegmentationConfig
 from models.segmentation.train import SegmentationTask
@@ -21,7 +22,10 @@ def main() -> dict[str, object]:
     environment.export()
     config = load(SegmentationConfig, given.config, given.overrides)
     output = (given.output or environment.home / "edge" / config.registered_name).absolute()
-    predictor = predict.find(given.model, config.registered_name, environment.tracking_uri, environment.home / "models")
+    folder, _ = Registry(environment.tracking_uri).find(
+        given.model, config.registered_name, environment.home / "models"
+    )
+    predictor = predict.load(folder)
     found = data.splits(config.data, environment.data)
     task = SegmentationTask(config, found.train, found.validation)
     made = edge.variants(predictor, task, found.test, output)

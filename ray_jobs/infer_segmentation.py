@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from models.registry import Registry
 from models.segmentation import predict
 from models.segmentation.figures import overlay
 from models.segmentation.images import is_mask, read_image
@@ -31,7 +32,8 @@ def main() -> dict[str, object]:
     paths = [path for path in files if not is_mask(path)]
     if not paths:
         raise JobError(f"{arguments.input}: holds no image ({', '.join(sorted(SUFFIXES))}).")
-    predictor = predict.find(arguments.model, arguments.name, environment.tracking_uri, environment.home / "models")
+    folder, _ = Registry(environment.tracking_uri).find(arguments.model, arguments.name, environment.home / "models")
+    predictor = predict.load(folder)
     stems = Counter(path.with_suffix("") for path in paths)
     skipped = 0
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from evaluation.statistics import Resampling
 from models import tasks
-from models.registry import CHALLENGER, CHAMPION, ModelVersion, Registry
+from models.registry import CHALLENGER, CHAMPION, Registry
 from ops.configuration import load
 from ops.environment import Environment
 from ops.jobs import JobError, parser, run
@@ -34,9 +34,9 @@ def main() -> dict[str, object]:
         raise JobError(f"{name}@{arguments.candidate} is the champion already, version {champion.version}.")
     found = kind.data(config, environment.data, environment.home)
     split_hash = kind.split_hash(found)
-    if _split_of(candidate) != split_hash:
+    if candidate.split_hash != split_hash:
         raise JobError(
-            f"{name} version {candidate.version} was trained beside the test split {_split_of(candidate)}, and the "
+            f"{name} version {candidate.version} was trained beside the test split {candidate.split_hash}, and the "
             f"configuration has {split_hash}; give the configuration and data that it was trained with."
         )
     cache = environment.home / "models"
@@ -46,8 +46,8 @@ def main() -> dict[str, object]:
     other = kind.scores(found, registry.download(champion, cache))
     decision: Decision = decide(gate, own, other, kind.metrics, kind.units(found))
     reason = f"{decision.reason}, version {candidate.version} against {champion.version}"
-    if _split_of(champion) != split_hash:
-        reason += f", which was trained beside another test split ({_split_of(champion)}) and may know these samples"
+    if champion.split_hash != split_hash:
+        reason += f", which was trained beside another test split ({champion.split_hash}) and may know these samples"
     if decision.promoted:
         registry.promote(name, candidate.version, arguments.reason or reason)
     versions = {"version": candidate.version, "champion": champion.version}
@@ -87,11 +87,6 @@ def _gate(arguments: argparse.Namespace, kind: tasks.Kind) -> Gate:
             raise JobError(f"--guard {guard}: give it as {name}=0.01, how much worse it may be.") from None
     metric, higher_is_better = next(iter(kind.metrics.items()))
     return Gate(metric, higher_is_better, arguments.minimum_gain, guards, Resampling(level=arguments.level))
-
-
-def _split_of(version: ModelVersion) -> str | None:
-    """The test split beside which a version was trained: what it never saw."""
-    return version.tags.get("split_hash")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from ops.configuration import load
 from ops.environment import Environment
 from ops.experiments import compare, write
 from ops.jobs import JobError, ray_session, run
-from ops.trials import Finished, SearchConfig, Trial, crown, room_for, search, train_all
+from ops.trials import Finished, SearchConfig, Trial, best_of, room_for, search, train_all
 
 
 def main() -> dict[str, object]:
@@ -35,25 +35,27 @@ def main() -> dict[str, object]:
     folder = (arguments.report or environment.home / "reports" / arguments.name).absolute()
     finished = Finished(folder / "finished")
     with ray_session():
-        found = kind.task(first, kind.data(first, environment.data, environment.home))
-        trial = Trial(
-            task, environment, f"validation_{found.primary}", found.higher_is_better, arguments.name, finished
-        )
+        example = kind.task(first, kind.data(first, environment.data, environment.home))
+        metric, higher_is_better = example.primary, example.higher_is_better
+        trial = Trial(task, environment, f"validation_{metric}", higher_is_better, arguments.name, finished)
         room = room_for([config.train for config in configs.values()])
         if space is not None:
             overrides = {path.stem: search(trial, path, overrides[path.stem], space, room) for path in paths}
         jobs = [(path, seed) for path in paths for seed in range(arguments.seeds)]
-        done = dict(train_all(trial, jobs, overrides, room))
-    outcomes = [done[job] for job in jobs]
+        outcomes = train_all(trial, jobs, overrides, room)
     if all(outcome.score is None for outcome in outcomes):
         raise JobError(f"Every training failed; the first one: {outcomes[0].error}")
-    rows = compare(outcomes, overrides, found.higher_is_better)
-    report = write(folder, found.primary, rows, outcomes)
+    rows = compare(outcomes, overrides, higher_is_better)
+    report = write(folder, metric, rows, outcomes)
     failed = sum(outcome.error is not None for outcome in outcomes)
     if not failed:
         finished.forget()
-    best = crown(Registry(environment.tracking_uri), arguments.name, found.higher_is_better, rows, outcomes)
-    return {"experiments": {row.experiment: row.mean for row in rows}, "failed": failed, "best": best, "report": report}
+    row, best = best_of(rows, outcomes, higher_is_better)
+    name, version = str(best.result["model"]), int(best.result["version"])
+    reason = f"{row.experiment} is the best of {arguments.name}: {row.mean:.4f} over {row.seeds} seeds"
+    Registry(environment.tracking_uri).promote(name, version, reason)
+    means = {row.experiment: row.mean for row in rows}
+    return {"experiments": means, "failed": failed, "best": f"{name} version {version}", "report": report}
 
 
 def _arguments() -> argparse.Namespace:

@@ -4,10 +4,9 @@ import argparse
 import logging
 import signal
 
-import psutil
-
 from ops.environment import Environment
 from ops.jobs import JobError, add_repo, open_repo, parser, ray_session, run
+from streaming.allowance import share_bytes
 from streaming.logs import log_to_stderr
 from streaming.report import scale
 from streaming.supervisor import Supervisor
@@ -73,7 +72,9 @@ def main() -> dict[str, object]:
         return {"workers": args.scale, "job": scale(environment.home / "stream", args.scale, views)}
     if args.flush_ms < 0:
         raise JobError(f"--flush-ms must not be below 0: it is {args.flush_ms:g}.")
-    max_state_mb = args.max_state_mb or (psutil.virtual_memory().total >> 21) // max(1, args.workers)
+    if args.max_state_mb is not None and args.max_state_mb < 1:
+        raise JobError(f"--max-state-mb must be at least 1: it is {args.max_state_mb}.")
+    max_state_bytes = share_bytes(max(1, args.workers)) if args.max_state_mb is None else args.max_state_mb << 20
     store = open_repo(args.repo)
     log_to_stderr()
     logging.getLogger("streaming").info("starting", extra={"repo": str(store.repo_path), "home": str(environment.home)})
@@ -88,7 +89,7 @@ def main() -> dict[str, object]:
         workers=args.workers,
         until_caught_up=args.until_caught_up,
         flush_s=args.flush_ms / 1000,
-        max_state_bytes=max_state_mb << 20,
+        max_state_bytes=max_state_bytes,
         by_group=args.assignment == "group",
     )
     with ray_session():

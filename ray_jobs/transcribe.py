@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from models.registry import Registry
 from models.whisper import predict
 from models.whisper.audio import AudioError, decode
 from models.whisper.longform import Streaming, transcribe_long
@@ -30,7 +31,8 @@ def main() -> dict[str, object]:
     arguments = _arguments()
     environment = Environment.read()
     environment.export()
-    predictor = predict.find(arguments.model, arguments.name, environment.tracking_uri, environment.home / "models")
+    folder, _ = Registry(environment.tracking_uri).find(arguments.model, arguments.name, environment.home / "models")
+    predictor = predict.load(folder)
     skipped = doubtful = 0
     for path in arguments.files:
         try:

@@ -2,8 +2,15 @@
 
 import threading
 
+import psutil
+
 Holder = tuple[str, int]
 """A view or derivation, and one of its partitions."""
+
+
+def share_bytes(workers: int) -> int:
+    """What each of so many workers may take: a share of half of this machine's memory."""
+    return int(psutil.virtual_memory().total) // 2 // workers
 
 
 class Allowance:

@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 from feast import FeatureStore, KafkaSource
 from feast.data_source import PushMode
 from feast.stream_feature_view import StreamFeatureView
 
 from streaming.actor import Settings, checkpoint_uri, open_worker
-from streaming.allowance import Allowance
+from streaming.allowance import Allowance, share_bytes
 from streaming.deriving.derivation import TAG
 from streaming.deriving.topology import prepare
 from streaming.plan import Plan, PlanError
@@ -133,7 +132,7 @@ class MillraceStreamProcessor:
         partitions = prepare([self._plan], lambda: False)[self._plan.topic]
         # A store of its own, because a connection of Feast's stores is not for several threads.
         store = FeatureStore(repo_path=str(self.fs.repo_path), config=self.fs.config)
-        allowance = Allowance(psutil.virtual_memory().total // 2)
+        allowance = Allowance(share_bytes(workers=1))
         worker = open_worker(store, self._plan, partitions > 1, self._settings, allowance, to)
         try:
             worker.start(dict.fromkeys(range(partitions), 0))

@@ -11,7 +11,6 @@ from skimage.filters import apply_hysteresis_threshold
 from torch import nn
 
 from models.predictor import DESCRIPTION, PredictorError, describe
-from models.registry import Registry
 from models.segmentation.config import NetworkConfig, PreprocessConfig
 from models.segmentation.network import UNet
 from models.segmentation.preprocess import normalise, prepare, restore
@@ -132,19 +131,6 @@ def load(folder: Path, device: str = "cpu") -> SegmentationPredictor:
         reason = " ".join(str(error).split())[:200]
         raise PredictorError(f"{folder}: holds no segmentation model ({type(error).__name__}: {reason}).") from None
     return SegmentationPredictor(network, size, preprocess, threshold=threshold, peak=peak, flip=flip, device=device)
-
-
-def find(model: str, registered_name: str, tracking_uri: str, cache: Path) -> SegmentationPredictor:
-    """Load a model's folder, or a version of the registered name by its number or by an alias.
-
-    Raises:
-        RegistryError: there is no such folder, version or alias.
-        PredictorError: the folder holds no segmentation model.
-    """
-    if Path(model).is_dir():
-        return load(Path(model))
-    registry = Registry(tracking_uri)
-    return load(registry.download(registry.resolve(registered_name, model), cache))
 
 
 def _check(image: Image) -> None:

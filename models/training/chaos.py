@@ -28,6 +28,7 @@ class Cost:
     restart_s: float
     lost_steps: int
     checkpoint_every: int
+    workers: int
     workers_after: int
     restarts: int
     same_bits: bool
@@ -64,7 +65,7 @@ def _cost(
         Thread(target=_when_marked, args=(folder / MARK, lose_node), daemon=True).start()
     fitted = trainer.fit(cast(Task, faulty), config, folder=folder, config_hash=CONFIG_HASH)
     fault_s = float((folder / MARK).read_text())
-    noticed, after = _lines(folder / trainer.FAILURES)[0], _lines(folder / trainer.ATTEMPTS)[1]
+    noticed, (before, after) = _lines(folder / trainer.FAILURES)[0], _lines(folder / trainer.ATTEMPTS)[:2]
     left, right = (torch.load(path, weights_only=True)["network"] for path in (calm, fitted.final))
     difference = max(float((left[name].double() - right[name].double()).abs().max()) for name in left)
     return Cost(
@@ -74,6 +75,7 @@ def _cost(
         restart_s=round(after["time_s"] - fault_s, 2),
         lost_steps=step - after["step"],
         checkpoint_every=config.checkpoint_every,
+        workers=before["world_size"],
         workers_after=after["world_size"],
         restarts=fitted.restarts,
         same_bits=all(torch.equal(left[name], right[name]) for name in left),
@@ -99,7 +101,7 @@ def table(costs: list[Cost]) -> str:
     ]
     for cost in costs:
         weights = "same bits" if cost.same_bits else f"within {cost.largest_difference:.1g}"
-        weights += "" if cost.workers_after == 2 else f", on {cost.workers_after} worker"
+        weights += "" if cost.workers_after == cost.workers else f", {cost.workers_after} of {cost.workers} workers"
         lines.append(
             f"| {cost.fault} | {cost.step} | {cost.detection_s:.1f} | {cost.restart_s:.1f} | {cost.lost_steps} "
             f"| {cost.checkpoint_every} | {weights} |"

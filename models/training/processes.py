@@ -1,9 +1,8 @@
-"""Training in processes of this machine without Ray: to try a task, to test the harness, to know what Ray costs."""
+"""Training in processes of this machine without Ray: to try a task and to test the harness."""
 
 import multiprocessing
 import os
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -25,11 +24,10 @@ class ProcessError(RuntimeError):
 
 @dataclass
 class Told:
-    """What rank 0 has told: the step from which it went on, and metrics by step; times by a clock of its own."""
+    """What rank 0 has told: the step from which it went on, and metrics by step."""
 
     started: int = 0
     losses: dict[int, float] = field(default_factory=dict)
-    times_s: dict[int, float] = field(default_factory=dict)
     validations: list[Mapping[str, float]] = field(default_factory=list)
 
 
@@ -86,7 +84,6 @@ def _train(rank: int, meeting: str, task: Task, config: TrainConfig, store: Chec
     def metrics(values: Mapping[str, float], step: int) -> None:
         if "train_loss" in values:
             told.losses[step] = values["train_loss"]
-            told.times_s[step] = time.monotonic()
 
     def started(step: int) -> None:
         told.started = step

@@ -92,7 +92,8 @@ class Worker:
         self._plain = network if whole and config.average_decay is None else copy.deepcopy(network)
         pipeline = config.parallelism == "pipeline" and self._world_size > 1
         self._parallel = (Chain if pipeline else Layers)(task, network, config, device)
-        randomness.seed(config.seed + 1 + self._rank // self._parallel.copies)  # copies of a layer drop the same
+        self._draws = self._rank // self._parallel.copies  # the ranks that hold copies of a layer drop the same units
+        randomness.seed(config.seed + 1 + self._draws)
         self._trained = {
             name: tensor for name, tensor in self._parallel.state().items() if isinstance(tensor, nn.Parameter)
         }
@@ -119,10 +120,13 @@ class Worker:
                 line = progress.line(place.step, loss)
                 self._tell(line, {"train_loss": loss})
                 self._listener.progress(line)
-            validated = bool(place.ended) or place.step % config.validate_every == 0
-            if validated:
+            validating = bool(place.ended) or place.step % config.validate_every == 0
+            saving = validating or stopping or place.step % config.checkpoint_every == 0
+            if saving:
+                self._parallel.synchronize_buffers()
+            if validating:
                 self._validate()
-            if validated or stopping or place.step % config.checkpoint_every == 0:
+            if saving:
                 self._save()
             if stopping:
                 break
@@ -184,7 +188,6 @@ class Worker:
     def _validate(self) -> None:
         """Validate a whole network on every rank, each with its share of the data."""
         place, task = self._place, self._task
-        self._parallel.synchronize_buffers()
         if self._plain is not self._parallel.network:
             self._parallel.fill(self._plain, self._parallel.state() | self._averages())
         self._plain.eval()
@@ -238,11 +241,9 @@ class Worker:
 
     def _save(self) -> None:
         self._saved()
-        self._parallel.synchronize_buffers()
-        state = self._state() | {f"random/{self._rank}": randomness.save()}
+        state = self._state() | {f"random/{self._draws}": randomness.save()}
         steps = tuple(step for _, step in self._place.best)
-        facts = {"place": dict(vars(self._place)), "samples": self._place.step * self._config.batch_size}
-        facts |= {"run_id": self._listener.run_id}
+        facts = {"place": dict(vars(self._place)), "run_id": self._listener.run_id}
         self._saving = snapshots.save(
             self._store, self._place.step, state, facts, steps, self._saving_group, self._config.asynchronous
         )
@@ -263,7 +264,7 @@ class Worker:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         state = self._state()
-        own = f"random/{self._rank}"
+        own = f"random/{self._draws}"
         known = snapshots.names(self._store, checkpoint)
         if own in known:
             state[own] = torch.empty(known[own][0], dtype=torch.uint8)

@@ -26,8 +26,6 @@ PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 CHARACTERS = "'abcdefghijklmnopqrstuvwxyz"
 WINDOW_S = 0.032
 CTC_HEAD = "ctc_head"
-
-
 TASK = "transcribe"
 """What a multilingual Whisper is asked to do."""
 
@@ -145,14 +143,17 @@ def load(folder: str | Path, language: str | None = None) -> WhisperForCondition
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise NetworkError(f"{folder}: no Whisper can be loaded from this hub id or folder ({reason}).") from None
-    if language is not None and _is_multilingual(folder):
-        generation: Any = network.generation_config
+    generation: Any = network.generation_config
+    if language is not None and getattr(generation, "is_multilingual", False):
         generation.language, generation.task = language, TASK
     return network
 
 
 def _is_multilingual(base: str | Path) -> bool:
-    return bool(getattr(GenerationConfig.from_pretrained(str(base)), "is_multilingual", False))
+    try:
+        return bool(getattr(GenerationConfig.from_pretrained(str(base)), "is_multilingual", False))
+    except OSError:  # a base without this file, as transformers takes it too
+        return False
 
 
 def adapt(network: nn.Module, *, r: int, alpha: int, dropout: float, targets: tuple[str, ...]) -> PeftModel:

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor, Whisp
 from transformers.modeling_outputs import BaseModelOutput
 
 from models.predictor import DESCRIPTION, describe
-from models.registry import Registry
 from models.whisper import alignment
 from models.whisper import network as networks
 from models.whisper.audio import AudioError
@@ -173,17 +172,3 @@ def load(folder: Path, device: str = "cpu") -> WhisperPredictor:
     preprocess = PreprocessConfig.model_validate(describe(folder).get("preprocess", {}))
     network, tokens = networks.load(folder), networks.tokenizer(folder)
     return WhisperPredictor(network, tokens, networks.extractor(folder, 0, 0, 0, 0.0), device, preprocess)
-
-
-def find(model: str, registered_name: str, tracking_uri: str, cache: Path) -> WhisperPredictor:
-    """Load a model's folder, or a version of the registered name by its number or by an alias.
-
-    Raises:
-        RegistryError: there is no such folder, version or alias.
-        PredictorError: the folder holds no model.
-        NetworkError: its files are no Whisper.
-    """
-    if Path(model).is_dir():
-        return load(Path(model))
-    registry = Registry(tracking_uri)
-    return load(registry.download(registry.resolve(registered_name, model), cache))

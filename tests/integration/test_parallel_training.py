@@ -124,6 +124,23 @@ def test_goes_on_with_other_workers_and_another_parallelism(
         torch.testing.assert_close(resumed.weights[key], value, rtol=1e-3, atol=1e-4)
 
 
+def test_ranks_that_hold_copies_of_a_layer_drop_the_same_units(tmp_path: Path) -> None:
+    task, settings = ProbeTask(dropout=0.2), {"workers": 2, "parallelism": "tensor"}
+    alone = train(CheckpointStore.at(tmp_path / "alone", "hash"), config(workers=1), task)
+    together = train(CheckpointStore.at(tmp_path / "together", "hash"), config(**settings), task)
+    assert together.told.losses == pytest.approx(alone.told.losses, rel=2e-4)
+
+    changed = CheckpointStore.at(tmp_path / "changed", "hash", keep=5)
+    train(changed, config(workers=2), task)
+    for step in (8, 12):
+        changed.remove(step)
+    train(changed, config(**settings), task)
+    changed.remove(12)
+    step_8 = changed.recover()
+    assert step_8 is not None
+    assert [name for name in snapshots.names(changed, step_8) if name.startswith("random/")] == ["random/0"]
+
+
 def test_half_precision_and_early_stopping(store: CheckpointStore) -> None:
     settings = config(precision="fp16", patience=1, steps=60, validate_every=3, schedule="cosine")
     trained = train(store, settings, ProbeTask(size=24))

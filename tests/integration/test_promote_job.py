@@ -1,10 +1,12 @@
 """The gate as it is typed: a better version passes, a worse one and one of another split don't."""
 
 import json
-import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,22 +17,25 @@ from models.probe.train import WEIGHTS, task
 from models.registry import Registry
 from models.runs import opened
 from ops.configuration import load
+from ops.jobs import JobError
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "probe" / "tiny.yaml"
 NAME = "probe-to-promote"
+COMMAND = [str(ROOT / "ray_jobs" / "promote.py"), "--config", str(TINY), "--set", f"registered_name={NAME}"]
 
 
-def promote(uri: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "ray_jobs" / "promote.py", "--config", TINY, "--set", f"registered_name={NAME}"]
-    return subprocess.run(
-        [*command, *arguments],
-        env=os.environ | {"MLFLOW_TRACKING_URI": uri},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+@pytest.fixture
+def gate(mlflow_uri: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """The job in this process: importing torch and MLflow for each run would take most of the time."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_uri)
+    main = runpy.run_path(COMMAND[0])["main"]
+
+    def run(*arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [*COMMAND, *arguments])
+        return dict(main())
+
+    return run
 
 
 def network(learnt: bool) -> nn.Module:
@@ -60,15 +65,16 @@ def registry(mlflow_uri: str, tmp_path: Path) -> Registry:
     return registry
 
 
-def test_what_is_surely_better_is_promoted_and_rolled_back(registry: Registry, mlflow_uri: str, home: Path) -> None:
-    refused = promote(mlflow_uri)
-    assert refused.returncode == 2
-    assert f"error: {NAME} version 3 was trained beside the test split other" in refused.stderr
-    unknown = promote(mlflow_uri, "--candidate", "2", "--guard", "accuracy/night=0.1")
-    assert unknown.returncode == 2
-    assert "error: --guard accuracy/night: there is no such metric on this split; known: accuracy." in unknown.stderr
+def test_what_is_surely_better_is_promoted_and_rolled_back(
+    registry: Registry, gate: Callable[..., dict[str, Any]], mlflow_uri: str
+) -> None:
+    with pytest.raises(JobError, match=f"{NAME} version 3 was trained beside the test split other"):
+        gate()
+    with pytest.raises(JobError, match="accuracy/night: there is no such metric on this split; known: accuracy."):
+        gate("--candidate", "2", "--guard", "accuracy/night=0.1")
 
-    passed = promote(mlflow_uri, "--candidate", "2", "--minimum-gain", "0.1", "--guard", "accuracy=0")
+    better = ["--candidate", "2", "--minimum-gain", "0.1", "--guard", "accuracy=0"]
+    passed = subprocess.run([sys.executable, *COMMAND, *better], capture_output=True, text=True, timeout=120)
     assert passed.returncode == 0, passed.stderr
     result = json.loads(passed.stdout)
     assert (result["promoted"], result["version"], result["champion"]) == (True, 2, 1)
@@ -76,11 +82,11 @@ def test_what_is_surely_better_is_promoted_and_rolled_back(registry: Registry, m
     champion = registry.resolve(NAME, "champion")
     assert (champion.version, champion.tags["champion.reason"]) == (2, result["reason"])
 
-    back = json.loads(promote(mlflow_uri, "--roll-back", "--reason", "it is slow").stdout)
+    back = gate("--roll-back", "--reason", "it is slow")
     assert (back["version"], registry.resolve(NAME, "champion").version) == (1, 1)
 
     registry.promote(NAME, 3, "by hand")
-    worse = json.loads(promote(mlflow_uri, "--candidate", "1").stdout)
+    worse = gate("--candidate", "1")
     assert not worse["promoted"]
     assert worse["reason"].endswith("which was trained beside another test split (other) and may know these samples")
     assert registry.resolve(NAME, "champion").version == 3

@@ -33,7 +33,7 @@ def folder(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_hanging_worker_costs_less_than_a_checkpoint_interval(folder: Path) -> None:
     (cost,) = costs(TASK, CONFIG, ["sigstop"], 35, folder)
-    assert (cost.same_bits, cost.restarts, cost.workers_after) == (True, 1, 2)
+    assert (cost.same_bits, cost.restarts, cost.workers, cost.workers_after) == (True, 1, 2, 2)
     assert cost.lost_steps == 5
     assert 0 < cost.detection_s < cost.restart_s
     assert "| sigstop | 35 |" in table([cost])
