@@ -40,10 +40,14 @@ class Allowance:
             self._taken[holder] = needed_bytes
             return True
 
-    def others_bytes(self, holder: Holder) -> int:
-        """What all others take."""
+    def limits(self, holder: Holder) -> str:
+        """Why a holder is not granted more, and what to do, for its sentence."""
         with self._lock:
-            return sum(taken for each, taken in self._taken.items() if each != holder)
+            others = sum(taken for each, taken in self._taken.items() if each != holder)
+        return (
+            f"others of its worker take {others / 2**20:,.0f}, and all together may take"
+            f" {self.limit_bytes / 2**20:,.0f}: raise the limit (--max-state-mb), add workers or partitions"
+        )
 
     def shrink(self, holder: Holder, has_bytes: int) -> None:
         """Note that a holder has given memory back."""

@@ -232,9 +232,9 @@ class CheckpointStore:
         folders = []
         for partition in self.partitions(stream):
             owner = self._owner_file(stream, partition)
-            paths = list(self._files(stream, partition))
             epoch = owner.get("epoch", 0) + 1
             self._own(stream, partition, epoch, owner.get("plan"))
+            paths = list(self._files(stream, partition))
             if not paths:
                 continue
             folder = f"{self._folder(stream, partition)}/reset-{epoch:010d}"

@@ -156,7 +156,7 @@ class Consumer:
         """Seconds in which the broker said nothing of each partition since it was first taken; asks nobody.
 
         It answers twice a second also where it has nothing, so only pauses above two seconds count. A partition on hold
-        is not asked for.
+        is not asked for, and while nobody polls none is: that counts as no answer.
         """
         now_s, paused = time.monotonic(), self._kafka.paused()
         found = {}

@@ -103,6 +103,7 @@ class Held:
     last_record_s: float = 0.0
     ticked_s: float = 0.0
     dirty: bool = True  # a restored partition may hold what was due and not emitted
+    shifted: bool = False  # time was left out since its last snapshot
     unchained: bool = False  # its last snapshot is not the last checkpoint
     suspect_until: int = -1  # records up to this offset are tried on a copy first
     checkpoint_bytes: int | None = None

@@ -5,18 +5,15 @@ own clock lags behind. So an entity that is silent for too long stays so until i
 and giving its memory back before changes nothing.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-from streaming.cells import grown
 from streaming.compile_kernels import kernel
+from streaming.key_arrays import KeyArrays
 from streaming.records import Bools, Ints
 from streaming.windows import NEVER_US
 
 
-class Idleness:
+class Idleness(KeyArrays):
     """For each entity [K] the largest event time of the partition when its last event came.
 
     Args:
@@ -27,18 +24,14 @@ class Idleness:
     """
 
     def __init__(self, ttl_us: int) -> None:
+        super().__init__(-NEVER_US)
         self.newest_us = -NEVER_US
         self._ttl_us = ttl_us
-        self._heard_us = np.zeros(0, dtype=np.int64)
 
     @property
-    def nbytes(self) -> int:
-        """Memory that an entity takes."""
-        return self._heard_us.itemsize
-
-    def reserve(self, keys: int) -> None:
-        """Makes room for so many entities."""
-        self._heard_us = grown(self._heard_us, keys, -NEVER_US)
+    def _heard_us(self) -> Ints:
+        heard_us: Ints = self._arrays[0]
+        return heard_us
 
     def newest(self, times: Ints, seen: Bools) -> Ints:
         """The largest event time [N] of the partition at each event; only those that were `seen` count."""
@@ -59,18 +52,6 @@ class Idleness:
         """Which of the first `keys` entities are forgotten, whenever their next event comes."""
         silent: Bools = self._heard_us[:keys] + self._ttl_us < self.newest_us
         return silent
-
-    def keep(self, ids: Ints) -> None:
-        """Forgets all entities but those of `ids`, which become 0, 1, ... in this order."""
-        self._heard_us = self._heard_us[ids]
-
-    def state(self, ids: Ints) -> npt.NDArray[Any]:
-        """What is known of some entities, for `restore`."""
-        return self._heard_us[ids]
-
-    def restore(self, ids: Ints, heard_us: npt.NDArray[Any]) -> None:
-        """Takes the array of `state` for these entities, for which there is room."""
-        self._heard_us[ids] = heard_us
 
 
 @kernel

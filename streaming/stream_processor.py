@@ -91,7 +91,7 @@ class MillraceStreamProcessor:
     Args:
         fs: its registry has the view.
         sfv: as it was applied.
-        home: folder of checkpoints: `MILLRACE_HOME`, where those of the job are.
+        home: folder of checkpoints: `MILLRACE_HOME`, where those of a job without `--checkpoints` are.
 
     Raises:
         PlanError: the view cannot be computed, was applied otherwise, or reads a derived topic.
@@ -115,7 +115,8 @@ class MillraceStreamProcessor:
     def ingest_stream_feature_view(self, to: PushMode = PushMode.ONLINE) -> Ingestion:
         """Take all partitions of the topic over and ingest them, from their checkpoints or else from the beginning.
 
-        Whoever had them before, a job or another ingestion, is fenced and ends with a StaleEpochError.
+        Whoever had them before, a job or another ingestion with the same checkpoints, is fenced: it ends with a
+        StaleEpochError.
 
         `to` alone decides what is written: the online store with the changelog, or the Parquet log of the view's batch
         source, or both, as the job does. The view's `offline` flag does not count, because Feast's registry drops it.

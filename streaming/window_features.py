@@ -64,6 +64,8 @@ class WindowFeatures:
         self._types: dict[str, ColumnType] = {}
         self._columns: dict[tuple[str, Role], Column] = {}
         self._aggregates: dict[str, Aggregate] = {}
+        self._index: dict[str, int] = {}
+        self._nothing: tuple[Value, ...] = ()
         self._partition: Partition | None = None
         self._clock_us = -NEVER_US
         self._events: list[bytes] = []
@@ -127,6 +129,8 @@ class WindowFeatures:
             if feature in self._aggregates:
                 raise WindowError(f"Window '{name}': there is a feature '{feature}' already: choose another name.")
             self._aggregates[feature] = aggregate
+            self._index[feature] = len(self._index)
+            self._nothing += (_empty(aggregate),)
             needed = role(function, type)
             self._columns[field, needed] = Column(field, type, nullable=True, role=needed)
         return names
@@ -172,15 +176,14 @@ class WindowFeatures:
             WindowError: There is no feature of this name, or the entity or the time makes no sense.
         """
         _check_entity(entity)
-        index = {name: number for number, name in enumerate(self._aggregates)}
         for name in names:
-            if name not in index:
-                raise WindowError(f"There is no feature '{name}': there are {', '.join(index) or 'none'}.")
+            if name not in self._index:
+                raise WindowError(f"There is no feature '{name}': there are {', '.join(self._index) or 'none'}.")
         at_us = -NEVER_US if at is None else _time_us(at, "to read at")
         if self._partition is not None:
             self._flush(self._partition, at_us)
-        values = self._values.get(entity) or self._nothing()
-        return [values[index[name]] for name in names]
+        values = self._values.get(entity, self._nothing)
+        return [values[self._index[name]] for name in names]
 
     def _doubtful(self, partition: Partition, value: bytes, time_us: int) -> bool:
         """Whether the kernel will refuse an event, which is not put by then, so that it is told at once."""
@@ -207,18 +210,14 @@ class WindowFeatures:
         partition.clock_us = self._clock_us = max(partition.clock_us, at_us)
         emission = partition.emit()
         rows = zip(*(column.to_pylist() for column in emission.features.columns), strict=True)
-        empty = self._nothing()
         for entity, row in zip(emission.entities.to_pylist(), rows, strict=True):
-            if row == empty:
+            if row == self._nothing:
                 self._values.pop(entity, None)
             else:
                 self._values[entity] = row
         partition.shrink()
         for reject in rejects:
             self._on_reject(reject)
-
-    def _nothing(self) -> tuple[Value, ...]:
-        return tuple(_empty(aggregate) for aggregate in self._aggregates.values())
 
     def _plan(self) -> Plan:
         columns, aggregates = tuple(self._columns.values()), tuple(self._aggregates.values())

@@ -87,7 +87,6 @@ class Worker:
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.plan = plan
-        self.stream = plan.view
         self.measures = Measures()
         self._source, self._online, self._offline = source, online, offline
         self._rejects, self._drifts, self._checkpoints = rejects, drifts, checkpoints
@@ -97,7 +96,7 @@ class Worker:
         self._wall_us, self._monotonic_s = wall_us, monotonic_s
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._saver = Saver(
-            self.stream,
+            plan.view,
             online=online,
             offline=offline,
             checkpoints=checkpoints,
@@ -265,8 +264,8 @@ class Worker:
 
     def _take(self, number: int, epoch: int) -> None:
         check_declared(self._checkpoints, self.plan, [number])
-        epoch = epoch or 1 + self._checkpoints.epoch(self.stream, number)
-        self._checkpoints.claim(self.stream, number, epoch, self.plan.essence)
+        epoch = epoch or 1 + self._checkpoints.epoch(self.plan.view, number)
+        self._checkpoints.claim(self.plan.view, number, epoch, self.plan.essence)
         partition, offset, restored = self._restore(number)
         now_s = self._monotonic_s()
         processed = partition.counters.processed
@@ -276,10 +275,10 @@ class Worker:
 
     def _restore(self, number: int) -> tuple[Partition, int, bool]:
         """The partition as it was saved, the offset at which it goes on, and whether there was a checkpoint."""
-        saved = self._checkpoints.load(self.stream, number)
+        saved = self._checkpoints.load(self.plan.view, number)
         offset = self._source.seek(number, saved.offset if saved else None)
         if saved is None:
-            aside = f"before-{self._checkpoints.epoch(self.stream, number):010d}"
+            aside = f"before-{self._checkpoints.epoch(self.plan.view, number):010d}"
             self._offline.truncate(number, offset, BEGINNING_US, aside)
             return Partition(self.plan, number, self._allowance), offset, False
         partition = Partition.restore(self.plan, number, saved.state, *saved.deltas, allowance=self._allowance)
@@ -367,6 +366,7 @@ class Worker:
             held = self._held[number]
             if left_out_us := sum(held.silence.left_out_us(now_s, now_us, unanswered_s[number])):
                 held.partition.leave_out(left_out_us)
+                held.shifted = True
         return now_us
 
     def _idle_since_s(self, held: Held) -> float:
@@ -385,14 +385,14 @@ class Worker:
         captured = []
         for number, held in self._held.items():
             partition = held.partition
-            if not held.rows and partition.next_offset <= held.captured_offset:
+            if not held.rows and not held.shifted and partition.next_offset <= held.captured_offset:
                 held.saved_s = began_s
                 continue
-            whole = held.unchained or self._checkpoints.wants_whole(self.stream, number)
+            whole = held.unchained or self._checkpoints.wants_whole(self.plan.view, number)
             state = partition.snapshot() if whole else partition.delta()
             offsets = (held.captured_offset, partition.next_offset)
             captured.append(Captured(number, held.epoch, *offsets, partition.clock_us, held.rows, state, not whole))
-            held.rows, held.captured_offset, held.unchained = [], partition.next_offset, False
+            held.rows, held.captured_offset, held.unchained, held.shifted = [], partition.next_offset, False, False
             held.checkpoint_bytes = len(state)
         self._cadence.captured(began_s, self._monotonic_s())
         self._captured_rows, self._new_rows = self._new_rows, 0

@@ -58,6 +58,8 @@ class DerivedPartition:
         saved_s: When the last commit ended.
         moved: Whether there is something to commit.
         commit: The one under way.
+        unanswered_us: For how long each side had no answer while it was idle, which does not count for now.
+        broken_s: When a broker last did not answer.
     """
 
     derivation: Derivation

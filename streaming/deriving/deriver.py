@@ -63,7 +63,7 @@ class Deriver:
         checkpoints: where state goes.
         operator: makes the operator of a partition, from its snapshot and deltas where there are some.
         output: makes what writes what comes of a partition.
-        ticking: let the clock of idle inputs advance with the wall clock; off for a run that ends when caught up.
+        ticking: let the clock of idle inputs advance while brokers answer; off for a run that ends when caught up.
         keyed: refuse records of a join whose key is not what they are joined on (where topics have several partitions).
         shared: another worker may take a partition over, which is then let go; otherwise that is an error.
         allowance: memory that the operators of all partitions may take, with the states of other workers of the
@@ -91,7 +91,6 @@ class Deriver:
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.plan = derivation
-        self.stream = derivation.name
         self.measures = Measures()
         self._sources, self._rejects, self._checkpoints = sources, rejects, checkpoints
         self._operator, self._output = operator, output
@@ -237,7 +236,7 @@ class Deriver:
 
     def _take(self, number: int, epoch: int) -> None:
         check_declared(self._checkpoints, self.plan, [number])
-        epoch = epoch or 1 + self._checkpoints.epoch(self.stream, number)
+        epoch = epoch or 1 + self._checkpoints.epoch(self.plan.name, number)
         commits = Commits(self.plan, number, output=self._output(number), checkpoints=self._checkpoints)
         try:
             found, states = commits.take(epoch)
@@ -316,11 +315,9 @@ class Deriver:
             return
         holder, needed = (self.plan.name, number), held.operator.buffered_bytes
         if not self._allowance.grant(holder, needed):
-            others, limit = self._allowance.others_bytes(holder), self._allowance.limit_bytes
             raise StateError(
                 f"Partition {number} of the derived topic {self.plan.name!r} holds {needed >> 20} MiB of events that"
-                f" wait for others; others of its worker take {others >> 20}, and all together may take"
-                f" {limit >> 20}: raise the limit (--max-state-mb), or add workers or partitions."
+                f" wait for others; {self._allowance.limits(holder)}."
             )
 
     def _tick(self) -> None:

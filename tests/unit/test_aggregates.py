@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming import partition as partition_module
+from streaming import entities as entities_module
 from streaming.allowance import Allowance
 from streaming.partition import Partition
 from streaming.plan import Aggregate, Column, Plan
@@ -418,7 +418,7 @@ def test_windows_that_end_by_themselves_do_not_follow_the_ttl():
 
 
 def test_a_device_whose_clock_lags_is_not_forgotten_while_it_sends(monkeypatch):
-    monkeypatch.setattr(partition_module, "_FEW", 1)
+    monkeypatch.setattr(entities_module, "_FEW", 1)
     what = Plan(
         *("v", "t", "", "user", "string", "time", COLUMNS),
         (Aggregate("n", "x", "count", kind="lifetime"),),
@@ -485,7 +485,7 @@ def test_what_is_forgotten_and_when_changes_no_value(batches, kinds, how, ttl_us
     ]
     what = replace(whats[0], aggregates=tuple(renamed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partition_module, "_FEW", 1)
+        patch.setattr(entities_module, "_FEW", 1)
         whole, parts, chain = Partition(what, 0), Partition(what, 0), [Partition(what, 0).snapshot()]
         now_us = 10**15
         for events in batches:
@@ -519,7 +519,7 @@ def test_a_silence_is_longer_than_the_ttl_by_the_newest_event_of_all(batches, ki
     heard: dict[str, int] = {}
     newest = 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partition_module, "_FEW", 1)
+        patch.setattr(entities_module, "_FEW", 1)
         partition = Partition(what, 0)
         for events in batches:
             for event in events:
@@ -551,7 +551,7 @@ def test_a_partition_that_has_shrunk_is_saved_whole():
 
 
 def test_clocks_of_entities_are_kept_since_they_say_what_is_late(monkeypatch):
-    monkeypatch.setattr(partition_module, "_FEW", 1)
+    monkeypatch.setattr(entities_module, "_FEW", 1)
     what = plan(SHAPES["sliding"], clocks="key")
     partition = Partition(what, 0)
     partition.process(batch([Happened("a", 1_000, 1.0, None)], 0), now_us=10**12)
@@ -569,7 +569,7 @@ def test_clocks_of_entities_are_kept_since_they_say_what_is_late(monkeypatch):
 def test_texts_that_no_row_names_are_forgotten(monkeypatch, functions, kind, same_users):
     if kind == "lifetime" and functions in [("first",), ("top_2",)] and same_users:
         return  # they keep what they have seen
-    monkeypatch.setattr(partition_module, "_FEW", 100)
+    monkeypatch.setattr(entities_module, "_FEW", 100)
     shape = SHAPES[kind] | ({"size": 1} if kind == "last" else {})
     aggregates = tuple(Aggregate(name, "word", name, **shape) for name in functions)
     what = Plan("v", "t", "", "user", "string", "time", COLUMNS[1:], aggregates, 0, idle_ttl_us=20_000)

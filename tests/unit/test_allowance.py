@@ -4,25 +4,27 @@ import threading
 
 from streaming.allowance import Allowance
 
+MIB = 1 << 20
+
 
 def test_what_one_holds_the_others_cannot_have():
-    allowance = Allowance(100)
+    allowance = Allowance(100 * MIB)
     one, other = ("view", 0), ("view", 1)
-    assert allowance.grant(one, 60)
-    assert not allowance.grant(other, 50)
-    assert allowance.grant(other, 40)
-    assert allowance.others_bytes(one) == 40
-    assert not allowance.grant(one, 70, has_bytes=60)
-    assert allowance.grant(one, 60, has_bytes=60)
-    allowance.shrink(one, 30)
-    assert not allowance.grant(other, 80)
-    assert allowance.grant(other, 70)
-    allowance.shrink(one, 90)
-    assert allowance.others_bytes(other) == 30
+    assert allowance.grant(one, 60 * MIB)
+    assert not allowance.grant(other, 50 * MIB)
+    assert allowance.grant(other, 40 * MIB)
+    assert "others of its worker take 40, " in allowance.limits(one)
+    assert not allowance.grant(one, 70 * MIB, has_bytes=60 * MIB)
+    assert allowance.grant(one, 60 * MIB, has_bytes=60 * MIB)
+    allowance.shrink(one, 30 * MIB)
+    assert not allowance.grant(other, 80 * MIB)
+    assert allowance.grant(other, 70 * MIB)
+    allowance.shrink(one, 90 * MIB)
+    assert "others of its worker take 30, " in allowance.limits(other)
     allowance.free(one)
-    assert allowance.grant(other, 100)
+    assert allowance.grant(other, 100 * MIB)
     allowance.shrink(one, 0)
-    assert allowance.others_bytes(other) == 0
+    assert "others of its worker take 0, " in allowance.limits(other)
 
 
 def test_what_was_held_before_the_limit_was_reached_may_stay():

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming import backfill, history
-from streaming import partition as partition_module
+from streaming import entities as entities_module
 from streaming.arrow_columns import TableError
 from streaming.backfill import Backfilled, BackfillError, Output
 from streaming.history import HistoryError
@@ -143,7 +143,7 @@ def test_shards_chunks_and_formats_change_no_bit(tmp_path_factory, seed, shards,
         patch.setattr(history, "ROWS_A_CHUNK", chunk)
         patch.setattr(history, "BYTES_A_CHUNK", 7 * chunk)
         patch.setattr(backfill, "ROWS_A_PART", 50)
-        patch.setattr(partition_module, "_FEW", 1)
+        patch.setattr(entities_module, "_FEW", 1)
         again, parts = run(folder / kind, folder / "parts", shards, what)
     assert parts == whole
     assert again._replace(keys=done.keys) == done and again.keys <= done.keys  # some may be forgotten

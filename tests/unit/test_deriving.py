@@ -381,7 +381,7 @@ def test_two_crashes_in_a_row_still_find_the_state_of_the_last_commit(tmp_path, 
 @pytest.mark.parametrize("deltas", [True], indirect=True)
 def test_a_commit_builds_on_the_one_before(tmp_path, deltas):
     last = until_done(lambda: deriver(Broker(), tmp_path, JOINED))
-    saved = CheckpointStore(str(tmp_path)).load(last.stream, 0)
+    saved = CheckpointStore(str(tmp_path)).load(last.plan.name, 0)
     assert len(saved.deltas) > 1
     assert Counting((saved.state, *saved.deltas)).seen == [20, 20]
 

@@ -368,7 +368,7 @@ def test_a_worker_publishes_drifts_before_it_checkpoints(tmp_path, caplog):
     worker.start({0: 1})
     with pytest.raises(KafkaError):
         worker.step()
-    assert CheckpointStore(str(tmp_path)).load(worker.stream, 0) is None
+    assert CheckpointStore(str(tmp_path)).load(worker.plan.view, 0) is None
     worker.checkpoint()
     worker.checkpoint()
     alone = Partition(PLAN, 0)

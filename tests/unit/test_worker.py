@@ -456,6 +456,16 @@ def test_time_in_which_no_broker_answered_makes_nothing_late(tmp_path, applied, 
     assert worker._held[0].partition.counters.late == 2 * late
 
 
+def test_time_in_which_no_broker_answered_stays_left_out_for_the_next_worker(tmp_path, applied):
+    world = World(tmp_path / "outage", applied, logs={0: [record("ann", 0, 7)]})
+    worker = world.worker(ticking=True)
+    assert edits_of_ann(world, worker) == 1
+    world.slept_s, world.wall = 7_200, count(WALL_US + 7_200_000_000)
+    world.source.silent_s += 7_200
+    assert edits_of_ann(world, worker) == 1
+    assert edits_of_ann(world, world.worker(ticking=True)) == 1
+
+
 def test_records_must_be_keyed_by_the_entity():
     good = batch(0, 0, [record("ann", 0, 1), (b"x", b"{poison"), (None, None), record("bob", 1, None)])
     check_keys(PLAN, good)
