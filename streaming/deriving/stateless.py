@@ -1,7 +1,5 @@
 """What operators without state have in common: each record comes out as it came in, and nothing is kept."""
 
-from collections.abc import Sequence
-
 from streaming.derived import Derived
 
 
@@ -10,7 +8,7 @@ class Stateless:
 
     buffered_bytes = 0
 
-    def tick(self, now_us: int, idle: Sequence[int] = (0, 1)) -> Derived:
+    def tick(self, now_us: int, side: int) -> Derived:
         """Nothing waits for the clock."""
         return Derived([], [], [])
 
