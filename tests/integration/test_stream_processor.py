@@ -17,8 +17,8 @@ from feast.stream_feature_view import StreamFeatureView
 from feast.types import Float64, Int64, String
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
-from streaming.actor import Settings, checkpoint_uri, open_worker
 from streaming.checkpoint import StaleEpochError
+from streaming.opening import Settings, checkpoint_uri, open_worker
 from streaming.stream_processor import Ingestion, MillraceStreamProcessor
 from streaming.topics import count_partitions, ensure_topics
 from streaming.views import plans
