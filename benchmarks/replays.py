@@ -31,8 +31,8 @@ from ops.broker import Broker
 from ops.environment import Environment
 from ops.ports import free_ports
 from streaming import history
-from streaming.actor import Settings, checkpoint_uri, open_worker
 from streaming.events import EDITS, MEASUREMENTS, Topic
+from streaming.opening import Settings, checkpoint_uri, open_worker
 from streaming.plan import Aggregate, Plan
 from streaming.topics import ensure_topics
 from streaming.views import plans

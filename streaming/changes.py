@@ -34,11 +34,12 @@ def check_declared(checkpoints: CheckpointStore, plan: Plan | Derivation, partit
     Raises:
         StateError: they were not; says what has changed and how to go on.
     """
+    essence = plan.essence
     for partition in partitions:
         before = checkpoints.declared(plan.view, partition)
-        if before is None or before == plan.essence:
+        if before is None or before == essence:
             continue
-        what = "; ".join(changes(before, plan.essence))
+        what = "; ".join(changes(before, essence))
         if isinstance(plan, Plan):
             raise StateError(
                 f"View '{plan.view}' has checkpoints of another declaration, and this one cannot go on with them:"
@@ -71,7 +72,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
             found += _listed(kind, [text(each) for each in then or ()], [text(each) for each in now or ()])
         else:
             found.append(f"{_label(name)} {_shown(name, then)} became {_shown(name, now)}")
-    return found + _columns(before, after, bool(found)) or ["its order was changed"] * (before != after)
+    return found + _columns(before, after, bool(found)) or ["the order of its fields was changed"] * (before != after)
 
 
 def _columns(before: Mapping[str, Any], after: Mapping[str, Any], explained: bool) -> list[str]:

@@ -59,8 +59,8 @@ class Operator(Protocol):
         """Take records of one side, 0 the left and 1 the right, in offset order."""
         ...
 
-    def tick(self, now_us: int, idle: Sequence[int] = (0, 1)) -> Derived:
-        """Let the clocks of these sides follow the wall clock; only of sides that are read to their end."""
+    def tick(self, now_us: int, side: int) -> Derived:
+        """Let the clock of a side that is read to its end follow the wall clock."""
         ...
 
     def leave_out(self, side: int, wall_us: int) -> None:

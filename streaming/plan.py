@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -172,7 +172,7 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """A sha256 of the essence."""
-        return hashlib.sha256(json.dumps(self.essence, sort_keys=True).encode()).hexdigest()
+        return digest(self.essence)
 
     @property
     def fields(self) -> tuple[Column, ...]:
@@ -189,6 +189,11 @@ class Plan:
             if column.name == aggregate.column and column.role == role(aggregate.function, column.type):
                 return at
         raise KeyError(aggregate.column)
+
+
+def digest(essence: Mapping[str, Any]) -> str:
+    """A sha256 of JSON that does not depend on the order of its keys."""
+    return hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()
 
 
 def role(function: str, declared: ColumnType) -> Role:

@@ -86,9 +86,6 @@ class Report:
             for name in ("status-{}.json", "prometheus-{}.json", "workers-{}"):
                 (self._folder / name.format(job)).unlink(missing_ok=True)
 
-    def _path(self, name: str) -> Path:
-        return self._folder / name.format(self._job)
-
     def totals(self, plans: Iterable[str], members: Sequence[Status]) -> dict[str, dict[str, float]]:
         """The sums of each view or derivation over its partitions, and the rate of this run."""
         totals: dict[str, dict[str, float]] = {}
@@ -105,6 +102,9 @@ class Report:
             }
         return totals
 
+    def _path(self, name: str) -> Path:
+        return self._folder / name.format(self._job)
+
 
 def beating(status: Status, silence_s: float) -> bool:
     """Whether every worker's loop has turned within the time that it may be silent."""
@@ -120,9 +120,7 @@ def read_views(folder: Path, since_s: float = 0.0) -> dict[str, dict[str, dict[s
         since_s: leave out what was said before, in seconds since the epoch.
     """
     views: dict[str, dict[str, dict[str, Any]]] = {}
-    for job, report in _reports(folder).items():
-        if (folder / f"status-{job}.json").stat().st_mtime < since_s:
-            continue
+    for report in _reports(folder, since_s).values():
         for view, partitions in report["views"].items():
             for number, row in partitions.items():
                 known = views.setdefault(view, {}).setdefault(number, row)
@@ -165,12 +163,14 @@ def _jobs(folder: Path, older: bool = False) -> list[str]:
     return found
 
 
-def _reports(folder: Path) -> dict[str, dict[str, Any]]:
-    """What jobs that run said last, by name."""
+def _reports(folder: Path, since_s: float = 0.0) -> dict[str, dict[str, Any]]:
+    """What jobs that run said last, and not before `since_s`, by name."""
     found = {}
     for job in _jobs(folder):
+        path = folder / f"status-{job}.json"
         with suppress(FileNotFoundError):
-            found[job] = json.loads((folder / f"status-{job}.json").read_text())
+            if path.stat().st_mtime >= since_s:
+                found[job] = json.loads(path.read_text())
     return found
 
 

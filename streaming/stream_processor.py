@@ -15,10 +15,10 @@ from feast import FeatureStore, KafkaSource
 from feast.data_source import PushMode
 from feast.stream_feature_view import StreamFeatureView
 
-from streaming.actor import Settings, checkpoint_uri, open_worker
 from streaming.allowance import Allowance, share_bytes
 from streaming.deriving.derivation import TAG
 from streaming.deriving.topology import prepare
+from streaming.opening import Settings, checkpoint_uri, open_worker
 from streaming.plan import Plan, PlanError
 from streaming.views import compile_view, plans
 from streaming.worker import FLUSH_S, Worker

@@ -21,11 +21,12 @@ import ray
 from feast import FeatureStore
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from streaming.actor import Assignment, Settings, StreamActor, checkpoint_uri
+from streaming.actor import Assignment, StreamActor
 from streaming.changes import check_declared
 from streaming.checkpoint import CheckpointStore, StaleEpochError, check_uri
 from streaming.deriving.derivation import Derivation
 from streaming.deriving.topology import Growth, SupervisorError, input_topics, prepare, stages
+from streaming.opening import Settings, checkpoint_uri
 from streaming.plan import Plan
 from streaming.report import Report, beating
 from streaming.shares import Unit, deal

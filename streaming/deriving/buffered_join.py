@@ -1,7 +1,6 @@
 """What joins of two streams have in common: events wait in buffers, and the lesser clock of both lets them go."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -61,14 +60,14 @@ class BufferedJoin(ABC):
         rejects = refused(batch, events.times, verdicts, than_us, unread)
         return derived._replace(rejects=[(side, reject) for reject in rejects])
 
-    def tick(self, now_us: int, idle: Sequence[int] = (0, 1)) -> Derived:
-        """Lets the clocks of sides that are read to their end follow the wall clock.
+    def tick(self, now_us: int, side: int) -> Derived:
+        """Lets the clock of a side that is read to its end follow the wall clock.
 
-        Where more than 64 MiB wait beyond the watermark, such a side catches up with the other one at once, so that a
+        Where more than 64 MiB wait beyond the watermark, the side catches up with the other one at once, so that a
         replayed stream does not wait in memory for another that has ended.
         """
         full = self.buffered_bytes > HELD_BYTES and self._buffers.bytes_after(self._clock.mark_us) > HELD_BYTES
-        self._clock.tick(now_us, idle, full)
+        self._clock.tick(now_us, side, full)
         return self._derived(self._release(self._clock.mark_us))
 
     def leave_out(self, side: int, wall_us: int) -> None:

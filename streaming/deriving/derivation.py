@@ -1,12 +1,12 @@
 """How a derived topic is computed: what the tag `millrace.derivation` of its source says, as JSON."""
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
-from streaming.plan import PlanError
+from streaming.plan import PlanError, digest
 
 Kind = Literal["rekeyed", "interval_join", "as_of_join", "table_lookup", "feature_lookup"]
 
@@ -114,10 +114,10 @@ class Derivation:
         essence: dict[str, Any] = json.loads(json.dumps(what))
         return essence
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A sha256 of the essence."""
-        return hashlib.sha256(json.dumps(self.essence, sort_keys=True).encode()).hexdigest()
+        return digest(self.essence)
 
     def at(self, bootstrap_servers: str) -> "Derivation":
         """The same with all its topics at another broker."""

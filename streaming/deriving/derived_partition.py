@@ -191,7 +191,7 @@ class DerivedPartition:
         self.ticked_s = now_s
         for side, (heard_s, lag) in enumerate(zip(self.heard_s, lags, strict=True)):
             if now_s - heard_s >= IDLE_S and lag == 0:
-                self.take(self.operator.tick(now_us - self.unanswered_us[side], [side]))
+                self.take(self.operator.tick(now_us - self.unanswered_us[side], side))
 
     def due(self, now_s: float) -> bool:
         """Whether to commit now; others may wait for what is committed of one of which something waits.

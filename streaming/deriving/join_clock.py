@@ -40,25 +40,24 @@ class JoinClock:
         if (last := self._heard[side]) is not None:
             self._heard[side] = (last[0], last[1] + wall_us)
 
-    def tick(self, now_us: int, idle: Sequence[int], level: bool) -> None:
-        """Moves the clocks of idle sides on by the wall-clock time since their last event.
+    def tick(self, now_us: int, side: int, level: bool) -> None:
+        """Moves the clock of an idle side on by the wall-clock time since its last event.
 
-        A side that had no event yet begins where the other is.
+        One that had no event yet begins where the other is.
 
         Args:
             now_us: The wall clock.
-            idle: Sides that have been read to their end: what still waits in Kafka would come late.
-            level: Let them catch up with the other side at once.
+            side: It has been read to its end: what still waits in Kafka would come late.
+            level: Let it catch up with the other side at once.
         """
-        for side in idle:
-            other = int(self.times_us[1 - side])
-            if self._heard[side] is None and other != -NEVER_US:
-                self.times_us[side] = other
-                self.heard(side, now_us)
-            last = self._heard[side]
-            if last is not None:
-                moved = max(last[0] + now_us - last[1], other if level else -NEVER_US)
-                self.times_us[side] = max(int(self.times_us[side]), moved)
+        other = int(self.times_us[1 - side])
+        if self._heard[side] is None and other != -NEVER_US:
+            self.times_us[side] = other
+            self.heard(side, now_us)
+        last = self._heard[side]
+        if last is not None:
+            moved = max(last[0] + now_us - last[1], other if level else -NEVER_US)
+            self.times_us[side] = max(int(self.times_us[side]), moved)
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes, as JSON."""

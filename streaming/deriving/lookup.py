@@ -1,7 +1,6 @@
 """What look-ups have in common: each event comes out once, in order, with fields found by its key; nothing waits."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -9,12 +8,13 @@ from streaming.derived import Derived
 from streaming.deriving.derivation import Derivation
 from streaming.deriving.join_input import FUTURE, READ, Events, LeftInput, refused
 from streaming.deriving.raw_json import NO_SPAN, NO_TEXT, joined
+from streaming.deriving.stateless import Stateless
 from streaming.plan import FUTURE_US
 from streaming.records import Bytes, Ints, RecordBatch
 from streaming.windows import NEVER_US
 
 
-class Lookup(ABC):
+class Lookup(Stateless, ABC):
     """A look-up for the events of one partition.
 
     Args:
@@ -23,8 +23,6 @@ class Lookup(ABC):
     Raises:
         PlanError: It cannot be.
     """
-
-    buffered_bytes = 0
 
     def __init__(self, derivation: Derivation) -> None:
         self._left = LeftInput(derivation.inputs[0], derivation.on, derivation.key)
@@ -53,25 +51,6 @@ class Lookup(ABC):
         verdicts = np.where(future, FUTURE, READ)
         rejects = refused(batch, events.times, verdicts, np.full(len(verdicts), now_us), unread)
         return Derived(keys, values, [(side, reject) for reject in rejects])
-
-    def tick(self, now_us: int, idle: Sequence[int] = (0, 1)) -> Derived:
-        """Nothing waits for the clock."""
-        return Derived([], [], [])
-
-    def leave_out(self, side: int, wall_us: int) -> None:  # noqa: B027 (part of `Operator`)
-        """Nothing waits for the clock."""
-
-    def drain(self) -> Derived:
-        """Nothing waits."""
-        return Derived([], [], [])
-
-    def snapshot(self) -> bytes:
-        """Nothing is kept."""
-        return b""
-
-    def delta(self) -> bytes | None:
-        """There is no state that could change."""
-        return None
 
     @abstractmethod
     def _find(self, events: Events, now_us: int) -> tuple[Bytes, Ints, Bytes]:

@@ -4,14 +4,13 @@ The key is the text of a field. A kernel finds it; what it is not certain of (es
 plain reader decides.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from streaming.compile_kernels import kernel
 from streaming.decode import RecordError, read_object
 from streaming.derived import Derived
 from streaming.deriving.derivation import Derivation
+from streaming.deriving.stateless import Stateless
 from streaming.deriving.transactions import NO_EVENT_US
 from streaming.json_tokens import (
     CLOSE_OBJECT,
@@ -32,7 +31,7 @@ from streaming.records import Bytes, Ints, RecordBatch, Reject
 _ZERO = 48
 
 
-class Rekeying:
+class Rekeying(Stateless):
     """One record out for each that has the key: its value as it came.
 
     Args:
@@ -41,7 +40,6 @@ class Rekeying:
 
     def __init__(self, derivation: Derivation) -> None:
         self.clocks_us = (NO_EVENT_US,)
-        self.buffered_bytes = 0
         self._field = derivation.key
         self._name = np.frombuffer(derivation.key.encode(), dtype=np.uint8)
 
@@ -67,25 +65,6 @@ class Rekeying:
         if refused:
             keys, values = ([one for row, one in enumerate(each) if row not in refused] for each in (keys, values))
         return Derived(keys, values, rejects)
-
-    def tick(self, now_us: int, idle: Sequence[int] = (0, 1)) -> Derived:
-        """Nothing waits."""
-        return Derived([], [], [])
-
-    def leave_out(self, side: int, wall_us: int) -> None:
-        """Nothing waits for the clock."""
-
-    def drain(self) -> Derived:
-        """Nothing waits."""
-        return Derived([], [], [])
-
-    def snapshot(self) -> bytes:
-        """There is no state."""
-        return b""
-
-    def delta(self) -> bytes | None:
-        """There is no state that could change."""
-        return None
 
     def _read(self, value: bytes | None) -> bytes:
         fields = read_object(value)

@@ -91,12 +91,12 @@ class Growth:
             waiting = {topic for plan in more for topic in input_topics(plan)}
             grown = {topic: count for topic, count in grown.items() if topic not in waiting}
         now_s = self._monotonic_s()
-        self._since_s = {plan.view: self._since_s.get(plan.view, now_s) for plan in uneven}
+        before, self._since_s = self._since_s, {plan.view: self._since_s.get(plan.view, now_s) for plan in uneven}
         for plan in uneven:
             sizes = {topic: max(counts[topic], self._found.get(topic, 0)) for topic in input_topics(plan)}
             if now_s - self._since_s[plan.view] >= GROWTH_S:
                 check_partitions(plan, sizes)
-            elif self._since_s[plan.view] == now_s:
+            elif plan.view not in before:
                 log.warning(
                     "joined topics have different numbers of partitions: waiting until the other one has grown too",
                     extra={"view": plan.view, "partitions": sizes, "at_most_s": GROWTH_S},

@@ -20,16 +20,10 @@ from ops import requests
 from ops.broker import Broker, answers
 from ops.ports import free_ports
 from streaming.report import read_views
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def wait_until(condition, limit_s, what):
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {limit_s} s: {what}"
-        time.sleep(0.25)
 
 
 def stream_rows(demonstration):
@@ -110,7 +104,7 @@ def test_triton_client_predicts_from_the_editors_features_and_it_is_published(de
             found.extend(prediction for record in records if (prediction := json.loads(record.value))["entity"] == user)
         return any(identity in str(prediction["id"]) for prediction in found)
 
-    wait_until(published, 60, "the prediction on its topic")
+    wait_for(published, "the prediction on its topic", 60)
     consumer.close()
     prediction = next(prediction for prediction in found if identity in str(prediction["id"]))
     assert prediction["model"] == "edits"
@@ -146,8 +140,8 @@ def test_a_killed_stream_worker_comes_back_and_loses_nothing(demonstration):
     def accounted(rows):
         return sum(row["processed"] + row["dead"] + row["late"] for row in rows)
 
-    wait_until(
-        lambda: accounted(stream_rows(demonstration)) >= accounted(before) + sent, 120, "every event accounted for"
+    wait_for(
+        lambda: accounted(stream_rows(demonstration)) >= accounted(before) + sent, "every event accounted for", 120
     )
     after = stream_rows(demonstration)
     assert accounted(after) == accounted(before) + sent
@@ -164,7 +158,7 @@ def test_down_ends_the_stack_and_no_other_broker(demonstration, tmp_path):
             ["millrace", "down"], cwd=ROOT, env=demonstration.environ, capture_output=True, text=True, timeout=180
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        wait_until(lambda: not processes_of(demonstration.home), 20, "every process of the stack gone")
+        wait_for(lambda: not processes_of(demonstration.home), "every process of the stack gone", 20)
         assert answers(other.bootstrap_servers)
     finally:
         other.stop()

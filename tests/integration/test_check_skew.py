@@ -17,10 +17,10 @@ from feast.types import Int64, String
 from kafka import KafkaProducer
 
 from ops.jobs import JobError
-from streaming.actor import open_offline_log
 from streaming.checkpoint import CheckpointStore
 from streaming.consumer import Consumer
 from streaming.offline import OfflineLog
+from streaming.opening import open_offline_log
 from streaming.records import Emission
 from streaming.topics import ensure_topics
 from streaming.views import plans

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from streaming.report import read_views
 from streaming.supervisor import Supervisor
 from streaming.topics import ensure_topics
 from streaming.views import derivations, plans
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 START = pd.Timestamp("2024-05-01T00:00:00Z")
@@ -161,13 +161,6 @@ def online(store: FeatureStore, pages: list) -> dict:
     return {page: {name: read[name][row] for name in names} for row, page in enumerate(read["page"])}
 
 
-def wait_for(condition: Callable[[], object], what: Callable[[], str], timeout_s: float = 180) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"timed out waiting for {what()}"
-        time.sleep(0.1)
-
-
 def committed(servers: str, topic: str, partitions: int, count: int) -> dict[int, list]:
     """The records of each partition, as kafka-python's own reader shows them."""
     consumer = KafkaConsumer(bootstrap_servers=servers, auto_offset_reset="earliest", isolation_level="read_committed")
@@ -271,7 +264,7 @@ def test_features_over_a_rekeyed_topic_equal_pandas_after_sigkills_in_the_middle
     )
     thread.start()
     try:
-        wait_for(lambda: len(status("edits_by_page")) == 2, lambda: "the first workers")
+        wait_for(lambda: len(status("edits_by_page")) == 2, "the first workers", 180)
         producing.start()
         killed: set[int] = set()
 
@@ -281,7 +274,7 @@ def test_features_over_a_rekeyed_topic_equal_pandas_after_sigkills_in_the_middle
             return [row["pid"] for row in rows if row["read"] > 0 and row["derived"] > 0 and row["pid"] not in killed]
 
         for _ in range(3):
-            wait_for(deriving, lambda: f"a worker to kill: {status('edits_by_page')}")
+            wait_for(deriving, lambda: f"a worker to kill: {status('edits_by_page')}", 180)
             victim = deriving()[0]
             killed.add(victim)
             os.kill(victim, signal.SIGKILL)
@@ -292,6 +285,7 @@ def test_features_over_a_rekeyed_topic_equal_pandas_after_sigkills_in_the_middle
                 and sum(row["lag"] for row in status("page_activity").values()) == 0
             ),
             lambda: f"all events: {status('edits_by_page')} {status('page_activity')}",
+            timeout_s=180,
         )
         assert max(row["epoch"] for row in status("edits_by_page").values()) >= 2
     finally:

@@ -5,8 +5,7 @@ Real registry, real models (tiny, untrained where that does not matter), real Fe
 
 import io
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,17 +31,11 @@ from models.whisper import network
 from models.whisper.predict import WhisperPredictor
 from ops.ports import free_ports
 from serving.app import build
+from tests.waiting import wait_for
 
 RATE_HZ = 8000
 FEATURE = "sum_added_1h"
 WAIT_S = 120
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.1)
 
 
 def tabular_folder(folder: Path, robots_add_more: bool) -> Path:
@@ -104,7 +97,7 @@ def predictions(bootstrap_servers: str, ids: set[str]) -> dict[str, dict[str, ob
             found.update((record.key.decode(), orjson.loads(record.value)) for record in records)
         return ids <= found.keys()
 
-    wait_for(read)
+    wait_for(read, "all records", WAIT_S)
     consumer.close()
     return found
 
@@ -141,7 +134,7 @@ def site(ray_local: None, kafka: str, mlflow_uri: str, home: Path, repo: Path, t
     try:
         serve.run(build(args), name="millrace", route_prefix="/")
         running = Site(f"127.0.0.1:{port}", registry, mlflow_uri, kafka, versions)
-        wait_for(lambda: running.http.get("/readyz").status_code == 200)
+        wait_for(lambda: running.http.get("/readyz").status_code == 200, "all models", WAIT_S)
         yield running
         running.http.close()
     finally:
@@ -218,7 +211,11 @@ def check_records(site: Site) -> None:
     assert at == datetime(2015, 9, 12, 10, tzinfo=UTC)
     assert known["output"]["isRobot"] is True  # type: ignore[index]
     assert unknown["features"] == {FEATURE: None}
-    wait_for(lambda: "millrace_predictions_published_total 0.0" not in site.http.get("/metrics").text)
+    wait_for(
+        lambda: "millrace_predictions_published_total 0.0" not in site.http.get("/metrics").text,
+        "the count of published predictions",
+        WAIT_S,
+    )
     metrics = site.http.get("/metrics").text
     assert 'millrace_feature_misses_total{reason="missing",view="editor_activity"}' in metrics
     assert 'reason="error"' not in metrics
@@ -237,5 +234,5 @@ def check_swap(site: Site, tmp_path: Path) -> None:
         assert is_robot == [versions[-1] == site.versions["edits"]]
         return versions[-1] == version
 
-    wait_for(ask)
+    wait_for(ask, "the new version", WAIT_S)
     assert versions == sorted(versions)

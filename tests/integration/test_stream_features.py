@@ -10,7 +10,6 @@ import threading
 import time
 import urllib.request
 import zlib
-from collections.abc import Callable
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +33,7 @@ from streaming.report import read_views, scale
 from streaming.supervisor import Supervisor
 from streaming.topics import ensure_topics
 from streaming.views import plans
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 START = pd.Timestamp("2024-05-01T00:00:00Z")
@@ -154,11 +154,9 @@ def newest_offline(folder: Path) -> dict:
     }
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 90) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"timed out waiting for {what}"
-        time.sleep(0.1)
+def rows(folder: Path) -> list[dict]:
+    """What the job whose home is in this folder says of each partition."""
+    return list(read_views(folder / "home" / "stream").get("activity", {}).values())
 
 
 def read(servers: str, topic: str, count: int) -> list:
@@ -179,22 +177,19 @@ def test_values_after_sigkill_of_the_worker_equal_brute_force(kafka, ray_local, 
     result: dict = {}
     thread = threading.Thread(target=lambda: result.update(supervisor.run()))
 
-    def status() -> list[dict]:
-        return list(read_views(tmp_path / "home" / "stream").get("activity", {}).values())
-
     def processed() -> int:
-        return sum(row["processed"] for row in status())
+        return sum(row["processed"] for row in rows(tmp_path))
 
     thread.start()
     try:
         produce(kafka, topic, frame[:2_500])
         wait_for(lambda: processed() == 2_500, "the first half")
-        pid = status()[0]["pid"]
+        pid = rows(tmp_path)[0]["pid"]
         os.kill(pid, signal.SIGKILL)
         produce(kafka, topic, frame[2_500:])
         wait_for(lambda: processed() == 5_000, "the second half")
-        assert {row["pid"] for row in status()} != {pid}
-        assert {row["epoch"] for row in status()} == {2}
+        assert {row["pid"] for row in rows(tmp_path)} != {pid}
+        assert {row["epoch"] for row in rows(tmp_path)} == {2}
     finally:
         supervisor.stop()
         thread.join(timeout=60)
@@ -203,7 +198,7 @@ def test_values_after_sigkill_of_the_worker_equal_brute_force(kafka, ray_local, 
     expected = brute_force(frame)
     assert online(store, sorted(expected)) == expected
     assert newest_offline(repo) == expected
-    assert all(row["lag"] == 0 for row in status())
+    assert all(row["lag"] == 0 for row in rows(tmp_path))
 
 
 POISON = [
@@ -249,7 +244,7 @@ def test_the_job_runs_somebody_elses_repository_until_caught_up(kafka, tmp_path)
         found = read(kafka, f"{topic}.{kind}", count)
         assert len({identity(record.headers) for record in found}) == count
         assert all(dict(record.headers)["reason"] for record in found)
-    (row,) = read_views(tmp_path / "home" / "stream")["activity"].values()
+    (row,) = rows(tmp_path)
     assert row["processed"] == 1_000
 
 
@@ -259,16 +254,13 @@ def test_a_job_whose_ray_dies_ends_and_the_next_one_goes_on(kafka, tmp_path):
     environ = os.environ | {"MILLRACE_HOME": str(tmp_path / "home"), "RAY_AUTH_TOKEN": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "ray_jobs/stream_features.py", "--repo", str(repo)]
 
-    def rows() -> list[dict]:
-        return list(read_views(tmp_path / "home" / "stream").get("activity", {}).values())
-
     ensure_topics(kafka, {topic: 1})
     frame = edits(1_000, 50, integer_key=False, partitions=1)
     produce(kafka, topic, frame[:600])
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(lambda: [row["processed"] for row in rows()] == [600], "the first events")
+        wait_for(lambda: [row["processed"] for row in rows(tmp_path)] == [600], "the first events")
         next(one for one in psutil.Process(job.pid).children() if one.name() == "raylet").kill()
         assert job.wait(120) == 2
     finally:
@@ -301,32 +293,29 @@ def test_partitions_that_move_during_a_replay_lose_nothing_and_count_nothing_twi
     result: dict = {}
     thread = threading.Thread(target=lambda: result.update(supervisor.run()))
 
-    def status() -> list[dict]:
-        return list(read_views(tmp_path / "home" / "stream").get("activity", {}).values())
-
     def processed() -> int:
-        return sum(row["processed"] for row in status())
+        return sum(row["processed"] for row in rows(tmp_path))
 
     def owners() -> int:
-        return len({row["pid"] for row in status()})
+        return len({row["pid"] for row in rows(tmp_path)})
 
     producing = threading.Thread(target=lambda: [produce(kafka, topic, chunk) or time.sleep(0.4) for chunk in chunks])
     thread.start()
     try:
-        wait_for(lambda: len(status()) == 3, "the first worker")
+        wait_for(lambda: len(rows(tmp_path)) == 3, "the first worker")
         producing.start()
         wait_for(lambda: processed() > 500, "the first events")
         scale(tmp_path / "home" / "stream", 2)
         wait_for(lambda: owners() == 2, "a second worker")
         KafkaAdminClient(bootstrap_servers=kafka).create_partitions({topic: 4})
-        wait_for(lambda: len(status()) == 4, "the new partition")
+        wait_for(lambda: len(rows(tmp_path)) == 4, "the new partition")
         produce(kafka, topic, frame[late_partition])
         scale(tmp_path / "home" / "stream", 1)
-        wait_for(lambda: len(status()) == 4 and owners() == 1, "one worker again")
+        wait_for(lambda: len(rows(tmp_path)) == 4 and owners() == 1, "one worker again")
         producing.join()
         wait_for(lambda: processed() == 9_000, "all events")
-        assert {row["lag"] for row in status()} == {0}
-        address = status()[0]["metrics"]
+        assert {row["lag"] for row in rows(tmp_path)} == {0}
+        address = rows(tmp_path)[0]["metrics"]
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:  # noqa: S310
             scraped = answer.read().decode()
         assert sum(
@@ -360,22 +349,21 @@ def test_a_second_job_over_the_same_view_takes_it_and_the_first_ends_with_a_sent
         except SupervisorError as error:
             errors.append(str(error))
 
-    def rows() -> list[dict]:
-        return list(read_views(tmp_path / "home" / "stream").get("activity", {}).values())
-
     made = [Supervisor(store, plans(store, None), home=tmp_path / "home") for _ in range(2)]
     threads = [threading.Thread(target=run, args=(one,)) for one in made]
     try:
         threads[0].start()
-        wait_for(lambda: [row["offset"] for row in rows()] == [500], "the first job's checkpoint")
+        wait_for(lambda: [row["offset"] for row in rows(tmp_path)] == [500], "the first job's checkpoint")
         threads[1].start()
-        wait_for(lambda: [row["epoch"] for row in rows() if row["epoch"] == 2], "the second job")
+        wait_for(lambda: [row["epoch"] for row in rows(tmp_path) if row["epoch"] == 2], "the second job")
         produce(kafka, topic, frame[500:])
         threads[0].join(timeout=60)
         assert not threads[0].is_alive()
         (error,) = errors
         assert re.match("Another job computes the same view: Partition 0 of .* was taken over by epoch 2", error)
-        wait_for(lambda: [(row["epoch"], row["offset"]) for row in rows()] == [(2, 1_000)], "the second job's end")
+        wait_for(
+            lambda: [(row["epoch"], row["offset"]) for row in rows(tmp_path)] == [(2, 1_000)], "the second job's end"
+        )
     finally:
         for one, thread in zip(made, threads, strict=True):
             one.stop()

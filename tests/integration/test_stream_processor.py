@@ -2,8 +2,6 @@
 
 import json
 import re
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,11 +15,12 @@ from feast.stream_feature_view import StreamFeatureView
 from feast.types import Float64, Int64, String
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
-from streaming.actor import Settings, checkpoint_uri, open_worker
 from streaming.checkpoint import StaleEpochError
+from streaming.opening import Settings, checkpoint_uri, open_worker
 from streaming.stream_processor import Ingestion, MillraceStreamProcessor
 from streaming.topics import count_partitions, ensure_topics
 from streaming.views import plans
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 START = datetime(2024, 5, 1, tzinfo=UTC)
@@ -104,13 +103,6 @@ def logged(folder: Path) -> dict:
 
 def total(ingestion: Ingestion, figure: str) -> int:
     return sum(row[figure] for row in ingestion.status().values())
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < deadline, f"timed out waiting for {what}"
-        time.sleep(0.1)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import signal
 import time
-from collections.abc import Callable
 from random import Random
 
 import psutil
@@ -12,6 +11,7 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from streaming.consumer import Consumer, OffsetError
 from streaming.topics import ensure_topics
 from streaming.wire import ColumnarRecords
+from tests.waiting import wait_for
 
 CODECS = (None, "gzip", "snappy", "lz4", "zstd")
 
@@ -238,10 +238,3 @@ def test_a_topic_that_was_deleted_and_made_again_is_noticed_by_who_reads_it(kafk
         consumer.seek(0, 30)
     admin.close()
     consumer.close()
-
-
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 60) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"timed out waiting for {what}"
-        time.sleep(0.2)

@@ -137,7 +137,8 @@ class Run:
 
     def play(self, step: Records | Tick, sizes: Sequence[int] = (1_000_000,)) -> None:
         if isinstance(step, Tick):
-            self.add(self.join.tick(step.now_us, step.idle))
+            for side in step.idle:
+                self.add(self.join.tick(step.now_us, side))
             return
         start, turn = 0, 0
         while start < len(step.events):
@@ -310,7 +311,7 @@ def test_an_idle_side_is_not_hurried_by_a_large_state_but_by_what_waits(monkeypa
     orders = [Event("item-1", 20 + number, number).value(0) for number in range(1 + ahead)]
     operator.process(0, RecordBatch.of_values(orders, 0), NOW_US)
     assert operator.buffered_bytes > 1 << 18
-    given_ = operator.tick(NOW_US + MS, (1,))
+    given_ = operator.tick(NOW_US + MS, 1)
     assert operator.clocks_us[1] == (11 if not ahead else 20 + ahead) * MS
     assert len(given_.values) == ahead
 

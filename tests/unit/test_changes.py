@@ -69,6 +69,11 @@ def test_what_differs_between_plans(changed, words):
     assert said(PLAN, **changed) == words
 
 
+def test_fields_in_another_order_are_said_to_be_so():
+    before = replace(PLAN, columns=(ADDED, SIZE))
+    assert said(before, columns=(SIZE, ADDED)) == "the order of its fields was changed"
+
+
 @pytest.mark.parametrize(
     ("derivation", "changed", "words"),
     [

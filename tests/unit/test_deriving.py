@@ -214,7 +214,7 @@ class Counting:
             values.append(b"%d/%d" % (side, self.seen[side]))
         return Derived(keys, values, rejects)
 
-    def tick(self, now_us, idle=(0, 1)):
+    def tick(self, now_us, side):
         return Derived([], [], [])
 
     def leave_out(self, side, wall_us):
@@ -423,8 +423,8 @@ class Clocked(Counting):
         self.clock.heard(side, now_us)
         return derived
 
-    def tick(self, now_us, idle=(0, 1)):
-        self.clock.tick(now_us, idle, level=False)
+    def tick(self, now_us, side):
+        self.clock.tick(now_us, side, level=False)
         self.clocks_us = tuple(self.clock.times_us.tolist())
         return Derived([], [], [])
 

@@ -164,7 +164,8 @@ class Run:
 
     def play(self, step: Records | Tick, sizes: Sequence[int] = (1_000_000,)) -> None:
         if isinstance(step, Tick):
-            self.add(self.join.tick(step.now_us, step.idle))
+            for side in step.idle:
+                self.add(self.join.tick(step.now_us, side))
             return
         start, turn = 0, 0
         while start < len(step.events):
@@ -397,6 +398,6 @@ def test_a_replayed_stream_does_not_wait_in_memory_for_one_that_has_ended(monkey
     for first in range(0, 100_000, 5_000):
         lefts = [left_event(f"id-{n}", n).value for n in range(first, first + 5_000)]
         operator.process(0, RecordBatch.of_values(lefts, first), NOW_US)
-        operator.tick(NOW_US + 1, (1,))
+        operator.tick(NOW_US + 1, 1)
         sizes.append(operator.buffered_bytes)
     assert max(sizes[5:]) <= 2 * max(sizes[:5])

@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import subprocess
+import sys
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,3 +114,8 @@ def test_a_view_that_is_not_online_is_not_ingested_there(tmp_path, to):
     processor = MillraceStreamProcessor(store, store.get_stream_feature_view("activity"), tmp_path)
     with pytest.raises(PlanError, match="online=False"):
         processor.ingest_stream_feature_view(to)
+
+
+def test_it_is_imported_without_ray():
+    code = "import sys, streaming.stream_processor; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
