@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -108,9 +109,15 @@ def ray_session() -> Iterator[None]:
 def own_ray() -> None:
     """Prepare the environment for a Ray that this process starts for itself alone, before Ray is imported."""
     os.environ.pop("RAY_ADDRESS", None)
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ["RAY_AUTH_TOKEN"] = _token()
     for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **RAY_SETTINGS}.items():
         os.environ.setdefault(name, value)
+
+
+@cache
+def _token() -> str:
+    """Of every Ray that this process starts for itself: Ray reads the token once a process."""
+    return secrets.token_hex(32)
 
 
 def start_ray(num_cpus: int, folder: str | None = None) -> None:

@@ -29,3 +29,15 @@ def test_a_fault_costs_less_than_an_interval_and_nothing_stays_behind(home: Path
     assert json.loads((Path(result["report"]) / "chaos.json").read_text())["faults"] == [cost]
     assert "| exception | 30 |" in (Path(result["report"]) / "chaos.md").read_text()
     assert not list(bucket.iterdir())
+
+
+def test_a_process_may_have_one_ray_of_its_own_after_the_other(home: Path) -> None:
+    script = """
+import ray
+from ops.jobs import ray_session
+for number in range(2):
+    with ray_session():
+        assert ray.get(ray.put(number)) == number
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
