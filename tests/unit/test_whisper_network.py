@@ -182,6 +182,15 @@ def test_a_multilingual_base_is_trained_with_the_tokens_that_it_is_asked_with(tm
     assert loaded._tokens.convert_ids_to_tokens(asked[0]) == prompt
 
 
+def test_a_base_without_a_generation_config_is_taken_as_one_of_a_single_language(tmp_path: Path) -> None:
+    plain = task()
+    plain.predictor(plain.build()).save(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").unlink()
+    again = task(base=str(tmp_path / "base"), language="german")
+    assert torch.equal(again.batch([(0, 1)])["labels"], plain.batch([(0, 1)])["labels"])
+    assert isinstance(again.build(), torch.nn.Module)
+
+
 def test_a_base_that_is_none_or_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(networks.NetworkError, match="no Whisper can be loaded"):
         networks.load(tmp_path / "nothing")
