@@ -36,15 +36,16 @@ def variants_answer_as_the_network(folder: Path, home: Path) -> None:
     """Compare the files with the network that they were made of; int8 within what eight bits can hold."""
     import torch
 
+    from models.registry import Registry
     from models.segmentation.edge import OnnxNetwork
-    from models.segmentation.predict import find
+    from models.segmentation.predict import load
 
-    uri = f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"
-    predictor = find("champion", "segmentation-tiny", uri, home / "models")
+    registry = Registry(f"sqlite:///{home / 'mlflow' / 'mlflow.db'}")
+    champion, _ = registry.find("champion", "segmentation-tiny", home / "models")
     image = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = predictor.network(image).sigmoid()
-        slim = find(str(folder / "pruned"), "", uri, home).network(image).sigmoid()
+        expected = load(champion).network(image).sigmoid()
+        slim = load(folder / "pruned").network(image).sigmoid()
     for name, truth, most in (
         ("fp32", expected, 1e-4),
         ("fp16", expected, 0.02),
