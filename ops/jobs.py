@@ -92,14 +92,12 @@ def ray_session() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS", "")
     inside_cluster = bool(address) and not address.startswith("http")
     if not inside_cluster:
-        own_ray()
+        start_ray(num_cpus=max(4, os.cpu_count() or 1))
 
     import ray
 
     if inside_cluster:
         ray.init(log_to_driver=True)
-    else:
-        start_ray(num_cpus=max(4, os.cpu_count() or 1))
     try:
         yield
     finally:
@@ -121,13 +119,12 @@ def _token() -> str:
 
 
 def start_ray(num_cpus: int, folder: str | None = None) -> None:
-    """Start a Ray on this machine; a busy machine gets several tries, since Ray gives its node 30 s and no more.
+    """Start a Ray for this process alone; a busy machine gets several tries, since Ray gives its node 30 s and no more.
 
     Raises:
         JobError: it did not start in RAY_TRIES tries.
     """
-    for name, value in RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    own_ray()
 
     import ray
 

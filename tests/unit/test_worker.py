@@ -2,307 +2,36 @@
 
 import errno
 import json
-import re
-import shutil
 import sqlite3
 import threading
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from itertools import count
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
-import duckdb
 import numpy as np
 import pytest
-from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
-from feast.types import Float64, Int64, String
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kafka.errors import KafkaError
-from pyarrow import fs as pafs
 
 from streaming import checkpoint as checkpoint_module
 from streaming import offline as offline_module
 from streaming import worker as worker_module
-from streaming.allowance import Allowance
-from streaming.checkpoint import CheckpointStore, StaleEpochError
+from streaming.checkpoint import StaleEpochError
 from streaming.keyed import WorkerError, check_keys
 from streaming.offline import OfflineLog
 from streaming.partition import Partition
-from streaming.plan import Aggregate, Column, Plan
-from streaming.records import RecordBatch
 from streaming.saving import SavingError
-from streaming.sinks import OnlineSink
-from streaming.state import StateError
-from streaming.worker import Worker
-
-MINUTE_US = 60_000_000
-PLAN = Plan(
-    view="activity",
-    topic="edits",
-    bootstrap_servers="",
-    entity="user",
-    entity_type="string",
-    timestamp="time",
-    columns=(Column("added", "bigint", nullable=True),),
-    aggregates=(
-        Aggregate("edits", "added", "count", 10 * MINUTE_US, MINUTE_US),
-        Aggregate("mean", "added", "mean", 2 * MINUTE_US, MINUTE_US),
-    ),
-    delay_us=MINUTE_US,
+from tests.worker_world import (
+    PLAN,
+    START,
+    Crash,
+    Steps,
+    World,
+    batch,
+    finish,
+    record,
+    watched_partitions,
 )
-START = datetime(2024, 5, 1, tzinfo=UTC)
-WALL_US = int((START + timedelta(days=1)).timestamp()) * 1_000_000
-
-
-def record(user: str, minute: float, added: int | None) -> tuple[bytes, bytes]:
-    event = {"user": user, "time": (START + timedelta(minutes=minute)).isoformat(), "added": added}
-    return user.encode(), json.dumps(event).encode()
-
-
-def history(seed: int, users: list[str]) -> list[tuple[bytes | None, bytes | None]]:
-    """20 records of one partition: mostly good, with two poison ones and a late one among them."""
-    random = np.random.default_rng(seed)
-    records: list[tuple[bytes | None, bytes | None]] = [
-        record(users[random.integers(len(users))], 0.25 * n, int(random.integers(100))) for n in range(20)
-    ]
-    records[4], records[11], records[16] = (b"x", b"{not json"), (None, None), record(users[0], -30, 5)
-    return records
-
-
-HISTORY = {0: history(0, ["ann", "bob"]), 1: history(1, ["cyd", "dan", "eve"])}
-
-
-class Inline(Executor):
-    """Runs a job at once, so that a crash can be put between any two of its steps."""
-
-    def submit(self, task, /, *args, **options):
-        future = Future()
-        try:
-            future.set_result(task(*args, **options))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-
-class Memory:
-    """A topic in memory: a crash is put between any two steps below, which a broker would make slow and random."""
-
-    polled, batches = 7, 1
-
-    def __init__(self, logs=HISTORY):
-        self.logs, self.at, self.committed, self.turn, self.lost = logs, {}, {}, count(), {}
-        self.silent_s = 0.0
-
-    def assign(self, partitions):
-        self.at = {partition: self.at.get(partition, 0) for partition in partitions}
-
-    def seek(self, partition, offset):
-        self.at[partition] = offset or 0
-        return self.at[partition]
-
-    def poll(self, timeout_s, max_records):
-        for _ in self.at:
-            partition = list(self.at)[next(self.turn) % len(self.at)]
-            found = []
-            for _ in range(self.batches):
-                rows = self.logs[partition][self.at[partition] : self.at[partition] + self.polled]
-                if rows:
-                    self.at[partition] += len(rows)
-                    found.append(batch(partition, self.at[partition] - len(rows), rows))
-            if found:
-                return found
-        return []
-
-    def position(self, partition):
-        return self.at[partition]
-
-    def unanswered_s(self):
-        return dict.fromkeys(self.at, self.silent_s)
-
-    def lag(self):
-        return {partition: len(self.logs[partition]) - at for partition, at in self.at.items()}
-
-    def end_offsets(self):
-        return {partition: len(self.logs[partition]) for partition in self.at}
-
-    def commit(self, offsets):
-        self.committed.update(offsets)
-
-    def close(self):
-        pass
-
-
-class RejectTopic:
-    """What a broker would hold of the reject topics; it outlives the workers."""
-
-    def __init__(self):
-        self.found = []
-
-    def write(self, rejects):
-        self.found.extend(rejects)
-
-    def close(self):
-        pass
-
-
-def batch(partition, first, rows) -> RecordBatch:
-    buffer, keys, values = b"", [], []
-    for row in rows:
-        for spans, data in zip((keys, values), row, strict=True):
-            spans.append((-1, -1) if data is None else (len(buffer), len(buffer) + len(data)))
-            buffer += data or b""
-    offsets = np.arange(first, first + len(rows))
-    spans = (np.array(keys, dtype=np.int64), np.array(values, dtype=np.int64))
-    return RecordBatch(partition, np.frombuffer(buffer, dtype=np.uint8), offsets, *spans, np.zeros(len(rows), np.int64))
-
-
-class Crash(BaseException):
-    """A SIGKILL: no handler of the worker may catch it."""
-
-
-class Steps:
-    """Counts the steps of a worker and crashes right after the chosen one."""
-
-    def __init__(self, crash_after: int | None = None):
-        self.crash_after, self.names = crash_after, []
-
-    def done(self, name: str) -> None:
-        self.names.append(name)
-        if len(self.names) == self.crash_after:
-            raise Crash(name)
-
-    def watch(self, thing, *methods: str):
-        for method in methods:
-            original = getattr(thing, method)
-
-            def stepped(*args, original=original, name=method, **options):
-                result = original(*args, **options)
-                self.done(f"{type(thing).__name__}.{name}")
-                return result
-
-            setattr(thing, method, stepped)
-        return thing
-
-
-class Store(FeatureStore):
-    """Offers a plain FeatureView under the name of a stream view: the sink reads its name and fields only."""
-
-    def get_stream_feature_view(self, name, **_):
-        return self.get_feature_view(name)
-
-
-def config(folder: Path, registry: Path) -> RepoConfig:
-    store = {"type": "streaming.sinks.GuardedSqliteOnlineStore", "path": str(folder / "online.db")}
-    return RepoConfig(
-        project="test",
-        provider="local",
-        registry=str(registry),
-        online_store=store,
-        entity_key_serialization_version=3,
-    )
-
-
-@pytest.fixture(scope="module")
-def applied(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("applied")
-    store = FeatureStore(config=config(folder, folder / "registry.db"))
-    user = Entity(name="user", join_keys=["user"], value_type=ValueType.STRING)
-    fields = [Field(name="user", dtype=String), Field(name="edits", dtype=Int64), Field(name="mean", dtype=Float64)]
-    source = FileSource(path=str(folder / "none.parquet"), timestamp_field="event_timestamp")
-    store.apply([user, FeatureView(name="activity", entities=[user], schema=fields, source=source)])
-    store._get_provider().online_store._get_conn(store.config).close()  # leaves one file to copy, without a WAL
-    return folder
-
-
-class World:
-    """The disk and the broker: what stays when a worker dies."""
-
-    def __init__(self, folder: Path, applied: Path, logs=HISTORY):
-        self.folder, self.logs, self.rejects = folder, logs, RejectTopic()
-        self.uri = str(folder / "checkpoints")
-        folder.mkdir()
-        shutil.copy(applied / "online.db", folder / "online.db")
-        self.store = Store(config=config(folder, applied / "registry.db"))
-        self.wall, self.epochs, self.slept_s = count(WALL_US), count(1), 0.0
-
-    def worker(self, steps: Steps | None = None, epoch=None, partitions=None, **options) -> Worker:
-        steps = steps or Steps()
-        self.source = Memory(self.logs)
-        ticks = count()
-        worker = Worker(
-            options.pop("plan", PLAN),
-            source=steps.watch(self.source, "poll", "commit"),
-            online=steps.watch(options.pop("online", None) or OnlineSink(self.store, "activity"), "write", "sync"),
-            offline=steps.watch(OfflineLog(str(self.folder / options.pop("log", "offline")), "edits", "user"), "write"),
-            rejects=steps.watch(Rejecting(self.rejects), "write"),
-            checkpoints=steps.watch(CheckpointStore(self.uri), "claim", "save"),
-            executor=options.pop("executor", None) or Inline(),
-            ticking=options.pop("ticking", False),
-            wall_us=lambda: next(self.wall),
-            monotonic_s=lambda: next(ticks) * 0.05 + self.slept_s,
-            **options,
-        )
-        worker.start(dict.fromkeys(self.logs if partitions is None else partitions, epoch or next(self.epochs)))
-        return worker
-
-    def outcome(self):
-        """What everybody can see: of the offline log the last row of each pane, because flushes come when they come."""
-        query = "SELECT entity_key, event_us, row FROM test_activity ORDER BY 1"
-        with sqlite3.connect(self.folder / "online.db") as connection:
-            online = connection.execute(query).fetchall()
-        offline = duckdb.sql(
-            "SELECT DISTINCT ON (user, pane) * EXCLUDE (created_timestamp, event_timestamp),"
-            f" date_trunc('minute', event_timestamp) AS pane FROM '{self.folder}/offline/*.parquet'"
-            " ORDER BY user, pane, event_timestamp DESC, created_timestamp DESC"
-        ).fetchall()
-        states = CheckpointStore(self.uri)
-        saved = [states.load("activity", partition) for partition in self.logs]
-        rejects = sorted(set(self.rejects.found), key=lambda reject: (reject.partition, reject.offset))
-        newest = [(one.offset, one.clock_us, without_wall_clock((one.state, *one.deltas)[-1])) for one in saved]
-        return online, offline, newest, rejects
-
-
-def without_wall_clock(state: bytes) -> bytes:
-    """A state without the wall clock of its last event, the only part that two equal runs do not share."""
-    return re.sub(rb'("last_event": \[\d+), \d+', rb"\1", state)
-
-
-class Rejecting(RejectTopic):
-    """One worker's way to the shared topic."""
-
-    def __init__(self, topic: RejectTopic):
-        self.found = topic.found
-
-
-def finish(worker: Worker) -> dict:
-    worker.run(threading.Event(), until_caught_up=True)
-    return worker.status()
-
-
-@pytest.fixture
-def undisturbed(tmp_path, applied):
-    world = World(tmp_path / "undisturbed", applied)
-    steps = Steps()
-    worker = world.worker(steps)
-    status = finish(worker)
-    return world, steps, status
-
-
-def watched_partitions(monkeypatch, steps: Steps) -> None:
-    class Watched(Partition):
-        def pieces(self, *args, **options):
-            for rejects in super().pieces(*args, **options):
-                steps.done("Partition.pieces")
-                yield rejects
-
-        def emit(self):
-            emission = super().emit()
-            steps.done("Partition.emit")
-            return emission
-
-    monkeypatch.setattr(worker_module, "Partition", Watched)
 
 
 def test_a_run_counts_and_writes_everything(undisturbed):
@@ -405,65 +134,6 @@ def test_what_is_away_is_tried_again_and_nothing_is_lost(undisturbed, tmp_path, 
         monkeypatch.setattr(thing, name, failing)
     finish(worker)
     assert world.outcome() == expected
-
-
-def test_an_idle_partition_lets_its_values_fall(tmp_path, applied):
-    world = World(tmp_path / "idle", applied, logs={0: [record("ann", 0, 7)]})
-    worker = world.worker(ticking=True)
-    worker.step()
-    assert edits_of_ann(world, worker) == 1
-    world.slept_s += 11 * 60
-    assert edits_of_ann(world, worker) == 0
-
-
-def edits_of_ann(world, worker) -> int:
-    """What the online store says after some steps in which nothing comes."""
-    for _ in range(20):
-        worker.step()
-    worker.flush()
-    return world.store.get_online_features(["activity:edits"], [{"user": "ann"}]).to_dict()["edits"][0]
-
-
-@pytest.mark.parametrize("jump_s", [86_400, -86_400])
-def test_a_clock_that_jumps_while_a_partition_is_idle_changes_nothing(tmp_path, applied, jump_s):
-    world = World(tmp_path / "jump", applied, logs={0: [record("ann", 0, 7)]})
-    worker = world.worker(ticking=True)
-    worker.step()
-    clock_us = worker._held[0].partition.clock_us
-    world.wall = count(WALL_US + jump_s * 1_000_000)
-    assert edits_of_ann(world, worker) == 1
-    assert 0 < worker._held[0].partition.clock_us - clock_us < MINUTE_US
-    world.slept_s += 11 * 60
-    assert edits_of_ann(world, worker) == 0
-    world.logs[0].append(record("ann", 10, 7))
-    world.wall = count(WALL_US)
-    assert edits_of_ann(world, worker) == 1
-    assert worker._held[0].partition.counters.late == 0
-
-
-@pytest.mark.parametrize(("silent_s", "late"), [(7_200, 0), (0, 1)])
-def test_time_in_which_no_broker_answered_makes_nothing_late(tmp_path, applied, silent_s, late):
-    world = World(tmp_path / "outage", applied, logs={0: [record("ann", 0, 7)]})
-    worker = world.worker(ticking=True)
-    worker.step()
-    world.slept_s += 7_200
-    world.source.silent_s += silent_s
-    assert edits_of_ann(world, worker) == (1 if silent_s else 0)
-    world.logs[0].append(record("ann", 30, 7))
-    worker.step()
-    world.logs[0].append(record("ann", 29.5, 7))
-    assert edits_of_ann(world, worker) == 2 - 2 * late
-    assert worker._held[0].partition.counters.late == 2 * late
-
-
-def test_time_in_which_no_broker_answered_stays_left_out_for_the_next_worker(tmp_path, applied):
-    world = World(tmp_path / "outage", applied, logs={0: [record("ann", 0, 7)]})
-    worker = world.worker(ticking=True)
-    assert edits_of_ann(world, worker) == 1
-    world.slept_s, world.wall = 7_200, count(WALL_US + 7_200_000_000)
-    world.source.silent_s += 7_200
-    assert edits_of_ann(world, worker) == 1
-    assert edits_of_ann(world, world.worker(ticking=True)) == 1
 
 
 def test_records_must_be_keyed_by_the_entity():
@@ -622,19 +292,6 @@ def test_records_that_make_the_computation_raise_are_dead_lettered_alone(
         assert ("ZeroDivisionError" if poison[reject.offset] == "early" else "IndexError") in reject.reason
 
 
-@pytest.mark.parametrize("jump_us", [-3_600_000_000, 86_400_000_000])
-def test_a_clock_that_jumps_changes_no_value_of_a_replayed_history(undisturbed, tmp_path, applied, jump_us):
-    expected = undisturbed[0].outcome()
-    world = World(tmp_path / "jump", applied)
-    worker = world.worker()
-    worker.step()
-    world.wall = count(WALL_US + jump_us)
-    finish(worker)
-    online, offline, saved, rejects = world.outcome()
-    assert (online, offline, rejects) == (expected[0], expected[1], expected[3])
-    assert [one[:2] for one in saved] == [one[:2] for one in expected[2]]
-
-
 FIELDS = {
     "user": st.sampled_from(["ann", "bob", "cyd"]) | st.text(max_size=9) | st.none() | st.integers(),
     "time": st.sampled_from([(START + timedelta(minutes=minute)).isoformat() for minute in range(-90, 90)])
@@ -686,108 +343,3 @@ def test_ten_thousand_fuzzed_records_are_all_accounted_for(tmp_path_factory, app
     for offset, value in enumerate(values):
         if offset in refused:
             assert refused[offset].value == value
-
-
-LONGER = replace(PLAN, aggregates=(PLAN.aggregates[0], replace(PLAN.aggregates[1], window_us=5 * MINUTE_US)))
-
-
-def test_a_changed_view_is_refused_with_what_changed_and_nothing_is_touched(undisturbed):
-    world, _, _ = undisturbed
-    running = world.worker()
-    before = {
-        path: path.read_bytes() for path in world.folder.rglob("*") if path.is_file() and "online" not in str(path)
-    }
-    sentence = (
-        "'activity' has checkpoints of another declaration.*: aggregation mean of 'added' over 2m every 1m became"
-        " mean of 'added' over 5m every 1m. .*--reset activity"
-    )
-    with pytest.raises(StateError, match=sentence):
-        world.worker(plan=LONGER)
-    assert {path: path.read_bytes() for path in before} == before
-    running.checkpoint()
-    assert all(row["offset"] == 20 for row in running.status().values()), "the one that runs is not fenced"
-
-
-def test_names_of_features_may_change(undisturbed):
-    world, _, _ = undisturbed
-    renamed = tuple(replace(each, name=f"{each.name}_new") for each in PLAN.aggregates)
-    worker = world.worker(plan=replace(PLAN, aggregates=renamed))
-    assert [row["offset"] for row in worker.status().values()] == [20, 20]
-
-
-def test_a_reset_view_ends_as_if_it_had_always_been_so_and_its_past_is_kept(undisturbed, tmp_path, applied):
-    fresh = World(tmp_path / "fresh", applied)
-    finish(fresh.worker(plan=LONGER))
-    world, _, _ = undisturbed
-    checkpoints = {path.name: path.read_bytes() for path in world.folder.rglob("*.checkpoint")}
-    parts = {path.name: path.read_bytes() for path in (world.folder / "offline").glob("*.parquet")}
-    assert len(CheckpointStore(world.uri).reset("activity")) == 2
-    finish(world.worker(plan=LONGER, epoch=3))
-    online, offline, saved, _ = world.outcome()
-    assert (offline, saved) == fresh.outcome()[1:3]
-    for (entity, event_us, row), (fresh_entity, fresh_us, fresh_row) in zip(online, fresh.outcome()[0], strict=True):
-        assert (entity, row) == (fresh_entity, fresh_row) or event_us > fresh_us, "only the guard keeps an older value"
-    aside = {path.name: path.read_bytes() for path in world.folder.rglob("reset-*/*.checkpoint")}
-    assert aside == checkpoints
-    assert {path.name: path.read_bytes() for path in world.folder.rglob("before-*/*.parquet")} == parts
-
-
-class Nowhere:
-    """An online store of which nothing is read."""
-
-    def write(self, emissions):
-        pass
-
-    def sync(self):
-        pass
-
-
-def test_another_view_beside_disturbs_nothing(undisturbed):
-    world, _, _ = undisturbed
-    expected = world.outcome()
-    folder = world.folder / "checkpoints" / "activity"
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    other = world.worker(plan=replace(LONGER, view="other"), log="other", online=Nowhere())
-    finish(other)
-    assert [row["processed"] for row in other.status().values()] == [17, 17]
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert [row["offset"] for row in world.worker().status().values()] == [20, 20]
-    assert world.outcome()[:3] == expected[:3]
-
-
-@pytest.mark.parametrize("kind", ["file", "mock"])
-def test_checkpoints_may_lie_anywhere(undisturbed, tmp_path, applied, monkeypatch, kind):
-    expected = undisturbed[0].outcome()
-    world = World(tmp_path / "elsewhere", applied)
-    world.uri = f"file://{tmp_path}/far/away"
-    if kind == "mock":
-        mock, _ = pafs.FileSystem.from_uri("mock:///")
-        mock.create_dir("far")
-        monkeypatch.setattr(checkpoint_module, "filesystem", lambda uri: (mock, "far"))
-    with pytest.raises(Crash):
-        finish(world.worker(Steps(20)))
-    finish(world.worker())
-    assert world.outcome() == expected
-    assert not list(world.folder.rglob("*.checkpoint"))
-    assert bool(list((tmp_path / "far").rglob("*.checkpoint"))) == (kind == "file")
-
-
-def test_a_topic_that_was_never_checkpointed_may_be_declared_anew(tmp_path, applied):
-    world = World(tmp_path / "new", applied, logs={0: []})
-    world.worker()
-    assert world.worker(plan=LONGER).holds() == {0}
-
-
-def test_partitions_share_the_memory_of_their_worker(tmp_path, applied):
-    users = {number: [record(f"user {number} {n}", n / 100, 1) for n in range(2_000)] for number in (0, 1)}
-    sizes = []
-    for logs in ({0: users[0]}, users):
-        world = World(tmp_path / f"{len(logs)}", applied, logs=logs)
-        worker = world.worker()
-        finish(worker)
-        sizes.append(sum(row["state_bytes"] for row in worker.status().values()))
-    limit = (sizes[0] + sizes[1]) // 2
-    finish(World(tmp_path / "alone", applied, logs={0: users[0]}).worker(allowance=Allowance(limit)))
-    both = World(tmp_path / "both", applied, logs=users).worker(allowance=Allowance(limit))
-    with pytest.raises(StateError, match="others of its worker take"):
-        finish(both)
