@@ -34,6 +34,8 @@ class DigitsConfig(_Utterances):
     split: Literal["recording", "speaker"] = "recording"
     """What the test split shares with no other: the index of a recording, or the person who speaks. Validation always
     has other recordings of those who speak in training."""
+    test_speaker: str | None = None
+    """With `split: speaker`, who that person is; by default the first by name, or the first tenth of many."""
     digits: tuple[int, int] = (2, 5)
     """Fewest and most digits of an utterance; the first epochs have fewer."""
     gap_s: tuple[float, float] = (0.02, 0.15)
@@ -47,11 +49,13 @@ class DigitsConfig(_Utterances):
     """Share of the training utterances that synthetic voices say, where there are recordings."""
 
     @model_validator(mode="after")
-    def _ranges(self) -> Self:
+    def _values_fit(self) -> Self:
         if not 1 <= self.digits[0] <= self.digits[1]:
             raise ValueError("digits must be two ascending numbers from 1")
         if not 0 <= self.gap_s[0] <= self.gap_s[1]:
             raise ValueError("gap_s must be two ascending numbers from 0")
+        if self.test_speaker is not None and self.split != "speaker":
+            raise ValueError("test_speaker needs split=speaker")
         return self
 
 

@@ -50,8 +50,11 @@ def splits(config: DigitsConfig, data: Path | None) -> Splits:
     folder = _recordings(config, data)
     digits, skipped = _read(folder, config.sample_rate_hz) if folder else (_synthesise(config), 0)
     source = "recordings" if folder else "synthetic"
-    test, rest = _held_back(digits, "speaker" if config.split == "speaker" else "index")
-    validation, train = _held_back(rest, "index")
+    if config.split == "speaker":
+        test, rest = _of_speakers(digits, config.test_speaker)
+    else:
+        test, rest = _first_tenth(digits, "index")
+    validation, train = _first_tenth(rest, "index")
     if not train:
         raise DataError(f"{source}: too few to split by {config.split}: 3 recordings are needed, or 2 of 2 speakers.")
     synthetic = _synthesise(config) if folder and config.synthetic_share else []
@@ -163,7 +166,18 @@ def _synthesise(config: DigitsConfig) -> list[Digit]:
     ]
 
 
-def _held_back(digits: Sequence[Digit], field: Literal["speaker", "index"]) -> tuple[list[Digit], list[Digit]]:
+def _of_speakers(digits: Sequence[Digit], name: str | None) -> tuple[list[Digit], list[Digit]]:
+    """The digits of one speaker, or without a name of the first tenth, and the others."""
+    if name is None:
+        return _first_tenth(digits, "speaker")
+    test, rest = [one for one in digits if one.speaker == name], [one for one in digits if one.speaker != name]
+    if not test:
+        speakers = ", ".join(sorted({one.speaker for one in digits}))
+        raise DataError(f"data.test_speaker={name}: nobody of that name speaks a digit here; take one of {speakers}.")
+    return test, rest
+
+
+def _first_tenth(digits: Sequence[Digit], field: Literal["speaker", "index"]) -> tuple[list[Digit], list[Digit]]:
     """The digits of the first tenth of the speakers or recordings, and the others."""
     groups = sorted({getattr(digit, field) for digit in digits})
     first = frozenset(groups[: -(-len(groups) // 10)])

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from models.whisper.audio import AudioError, decode, resample
 from models.whisper.config import DigitsConfig
@@ -65,10 +66,14 @@ def test_recordings_of_the_test_split_are_in_no_other(data: Path) -> None:
     assert {one.speaker for one in found.test} == {"ann", "bob", "cy"}
 
 
-def test_a_split_by_speaker_tests_a_speaker_of_whom_nothing_else_is_heard(data: Path) -> None:
-    found = splits(config(split="speaker", digits=(1, 1), gap_s=(0, 0)), data)
+@pytest.mark.parametrize(("name", "tested"), [(None, "ann"), ("bob", "bob")])
+def test_a_split_by_speaker_tests_a_speaker_of_whom_nothing_else_is_heard(
+    data: Path, name: str | None, tested: str
+) -> None:
+    found = splits(config(split="speaker", test_speaker=name, digits=(1, 1), gap_s=(0, 0)), data)
     speakers = [{one.speaker for one in part} for part in (found.train.utterances, found.validation, found.test)]
-    assert speakers == [{"bob", "cy"}, {"bob", "cy"}, {"ann"}]
+    others = {"ann", "bob", "cy"} - {tested}
+    assert speakers == [others, others, {tested}]
     assert not lengths(found.train.utterances) & lengths(found.validation)
 
 
@@ -110,11 +115,17 @@ def test_corrupt_recordings_are_skipped_counted_and_logged(
         ({}, "missing", "doesn't exist; correct MILLRACE_DATA"),
         ({"source": "recordings"}, None, "set MILLRACE_DATA or data.source=synthetic"),
         ({"source": "recordings", "folder": "elsewhere"}, "", "elsewhere/recordings: no recordings"),
+        ({"split": "speaker", "test_speaker": "dan"}, "", "nobody of that name .* one of ann, bob, cy"),
     ],
 )
 def test_missing_data_is_one_sentence(data: Path, values: dict[str, object], folder: str | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
         splits(config(**values), None if folder is None else data / folder)
+
+
+def test_a_speaker_of_the_test_split_needs_a_split_by_speaker() -> None:
+    with pytest.raises(ValidationError, match="test_speaker needs split=speaker"):
+        config(test_speaker="ann")
 
 
 def test_too_few_groups_are_refused(tmp_path: Path) -> None:
