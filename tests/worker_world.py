@@ -12,7 +12,8 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
-from feast import FeatureStore, RepoConfig
+from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
+from feast.types import Float64, Int64, String
 
 from streaming import worker as worker_module
 from streaming.checkpoint import CheckpointStore
@@ -188,6 +189,17 @@ def config(folder: Path, registry: Path) -> RepoConfig:
         online_store=store,
         entity_key_serialization_version=3,
     )
+
+
+def apply(folder: Path) -> Path:
+    """Declare the view in a Feast repository in the folder."""
+    store = FeatureStore(config=config(folder, folder / "registry.db"))
+    user = Entity(name="user", join_keys=["user"], value_type=ValueType.STRING)
+    fields = [Field(name="user", dtype=String), Field(name="edits", dtype=Int64), Field(name="mean", dtype=Float64)]
+    source = FileSource(path=str(folder / "none.parquet"), timestamp_field="event_timestamp")
+    store.apply([user, FeatureView(name="activity", entities=[user], schema=fields, source=source)])
+    store._get_provider().online_store._get_conn(store.config).close()  # leaves one file to copy, without a WAL
+    return folder
 
 
 class World:

@@ -1,28 +1,27 @@
-"""Fixtures of the unit tests of workers."""
+"""Fixtures of the unit tests of workers.
+
+Feast is imported by those who need it: pytest's own process, which loads this file, would pass the environment that
+Feast leaves behind on to the processes that run the tests, and Prometheus' counters would count in files there.
+"""
 
 from pathlib import Path
 
 import pytest
-from feast import Entity, FeatureStore, FeatureView, Field, FileSource, ValueType
-from feast.types import Float64, Int64, String
-
-from tests.worker_world import Steps, World, config, finish
 
 
 @pytest.fixture(scope="module")
-def applied(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("applied")
-    store = FeatureStore(config=config(folder, folder / "registry.db"))
-    user = Entity(name="user", join_keys=["user"], value_type=ValueType.STRING)
-    fields = [Field(name="user", dtype=String), Field(name="edits", dtype=Int64), Field(name="mean", dtype=Float64)]
-    source = FileSource(path=str(folder / "none.parquet"), timestamp_field="event_timestamp")
-    store.apply([user, FeatureView(name="activity", entities=[user], schema=fields, source=source)])
-    store._get_provider().online_store._get_conn(store.config).close()  # leaves one file to copy, without a WAL
-    return folder
+def applied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Feast repository in which the view is applied, to copy."""
+    from tests.worker_world import apply
+
+    return apply(tmp_path_factory.mktemp("applied"))
 
 
 @pytest.fixture
 def undisturbed(tmp_path, applied):
+    """A world after a run in which nothing went wrong, the steps of that run, and its status at the end."""
+    from tests.worker_world import Steps, World, finish
+
     world = World(tmp_path / "undisturbed", applied)
     steps = Steps()
     worker = world.worker(steps)
