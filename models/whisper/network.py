@@ -1,17 +1,21 @@
 """The Whisper network, its tokenizer and its features: small and from scratch, or a pretrained base, with adapters."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -25,6 +29,8 @@ from transformers import (
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 CHARACTERS = "'abcdefghijklmnopqrstuvwxyz"
 WINDOW_S = 0.032
+MEL_UNIT_DB = 40
+"""Whisper's features are decimal logarithms of power, divided by 4."""
 CTC_HEAD = "ctc_head"
 TASK = "transcribe"
 """What a multilingual Whisper is asked to do."""
@@ -87,6 +93,16 @@ def extractor(
             n_fft=round(sample_rate_hz * WINDOW_S),
             chunk_length=max_seconds,
         )
+
+
+def log_mel(
+    features: WhisperFeatureExtractor, waves: Sequence[NDArray[np.float32]], range_db: float, device: str = "cpu"
+) -> torch.Tensor:
+    """Features float32[B, mel, frames] of waves float32[N], each heard to `range_db` below its loudest bin."""
+    rate_hz = int(features.sampling_rate)
+    heard = features([*waves], sampling_rate=rate_hz, return_tensors="pt", device=device)
+    mel_BFT: torch.Tensor = heard.input_features.to(device)
+    return torch.maximum(mel_BFT, mel_BFT.amax(dim=(1, 2), keepdim=True) - range_db / MEL_UNIT_DB)
 
 
 def small(
@@ -161,6 +177,22 @@ def adapt(network: nn.Module, *, r: int, alpha: int, dropout: float, targets: tu
     # WhisperForConditionalGeneration takes input_features, which no task type of peft passes on.
     config = PeftLoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type=None)
     return cast(PeftModel, get_peft_model(network, config))
+
+
+def tensor_plan(network: nn.Module) -> dict[str, ParallelStyle]:
+    """How the feed-forward layers, two thirds of the weights, are sliced: fc1 by columns, fc2 by rows, adapters alike.
+
+    Attention stays whole: transformers takes the number of heads of its keys from the configuration, so those of a
+    slice would be read as heads of other positions.
+    """
+    plan: dict[str, ParallelStyle] = {}
+    for name, module in network.named_modules():
+        layer = name.rpartition(".")[2]
+        if layer in ("fc1", "fc2"):
+            style, adapter = (ColwiseParallel, "lora_B") if layer == "fc1" else (RowwiseParallel, "lora_A")
+            parts = [".base_layer", f".{adapter}.default"] if isinstance(module, LoraLayer) else [""]
+            plan |= {name + part: style() for part in parts}
+    return plan
 
 
 def with_ctc_head(network: nn.Module, width: int, tokens: int) -> nn.Module:

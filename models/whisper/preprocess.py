@@ -1,6 +1,7 @@
-"""What can be done to a wave before it is recognised: noise reduction, cutting at its pauses, and a common level.
+"""What can be done to a wave before it is recognised: less noise, no pauses at its ends, a common colour and level.
 
-Nothing here knows the noise in advance: it is learnt from where the wave is quietest. Waves are mono, float32[N].
+Nothing here knows the noise or the microphone in advance: the noise is learnt from where the wave is quietest, the
+colour from where it is loud. Waves are mono, float32[N].
 """
 
 import math
@@ -16,13 +17,19 @@ Wave = NDArray[np.float32]
 Floats = NDArray[np.float64]
 _TINY = 1e-20
 
+WHISPER_RANGE_DB = 80.0
+
 _WINDOW_S = 0.032
-_SHORTEST_DENOISED_S = 0.25
+_SHORTEST_LEARNT_S = 0.25
 _NOISE_QUANTILE = 0.2
 _OVER_SUBTRACTION = 2.0
 _SPECTRAL_FLOOR = 0.01
 _MEMORY = 0.92
 _LEAST_PRIOR_SNR = 0.01
+
+_COLOUR_BELOW_LOUDEST_DB = 40.0
+_COLOUR_BINS = 5
+_LARGEST_GAIN_DB = 20.0
 
 _STEP_S = 0.01
 _SPEECH_BAND_HZ = (150.0, 4000.0)
@@ -38,37 +45,46 @@ _MARGIN_S = 0.1
 
 
 class PreprocessConfig(BaseModel):
-    """Which steps are taken, in the order denoise, trim, normalise; by default none."""
+    """Which steps are taken, in the order denoise, trim, equalise, normalise; by default none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     denoise: Literal["none", "spectral", "wiener"] = "none"
     """`spectral`: over-subtraction of the noise's power (Boll, 1979; Berouti et al., 1979). `wiener`: a Wiener filter
     with the decision-directed estimate of the speech (Ephraim and Malah, 1984; Scalart and Filho, 1996)."""
+    equalise: bool = False
+    """Give the recording the mean spectrum of speech, so that its microphone and line are not heard."""
     normalise: Literal["none", "rms", "peak"] = "none"
     """What is brought to `level_db`: the root mean square or the largest sample."""
     level_db: float = Field(-20.0, ge=-100, le=0)
     """In dB of full scale."""
+    range_db: float = Field(WHISPER_RANGE_DB, gt=0, le=WHISPER_RANGE_DB)
+    """How far below the loudest moment and frequency sound is heard: a smaller range hides the noise of a recording."""
     trim: bool = False
     """Cut what is before the first and after the last speech, but for 100 ms."""
 
     @property
     def label(self) -> str:
         """The steps that are taken, as in `wiener and trim`; `as it is` without any."""
-        named = (self.denoise, "trim" if self.trim else "none", self.normalise)
+        switches = ("trim" if self.trim else "none", "equalise" if self.equalise else "none")
+        limited = "none" if self.range_db == WHISPER_RANGE_DB else f"{self.range_db:g} dB"
+        named = (self.denoise, *switches, self.normalise, limited)
         return " and ".join(step for step in named if step != "none") or "as it is"
 
 
 def prepare(wave: Wave, sample_rate_hz: int, config: PreprocessConfig) -> Wave:
-    """Apply the configured steps to any float32[N], also an empty or a silent one.
+    """Apply the configured steps to any float32[N], also an empty or a silent one; `range_db` is for its features.
 
-    Denoising leaves waves below 250 ms as they are: they have too little to learn the noise from. Trimming leaves waves
-    without speech as they are, and only it changes the length. Normalising to an RMS stops where a sample reaches +-1.
+    Denoising and equalising leave waves below 250 ms as they are: they have too little to learn from. Trimming leaves
+    waves without speech as they are, and only it changes the length. Normalising to an RMS stops where a sample reaches
+    +-1.
     """
     if config.denoise != "none":
         wave = _denoised(wave, sample_rate_hz, config.denoise)
     if config.trim:
         wave = _trimmed(wave, sample_rate_hz)
+    if config.equalise:
+        wave = _equalised(wave, sample_rate_hz)
     if config.normalise != "none":
         wave = _normalised(wave, config.normalise, config.level_db)
     return wave
@@ -101,16 +117,44 @@ def speech_spans(wave: Wave, sample_rate_hz: int) -> list[tuple[float, float]]:
 
 def _denoised(wave: Wave, rate_hz: int, method: Literal["spectral", "wiener"]) -> Wave:
     """Scale down each frequency of each 32 ms by how much noise it has."""
-    if len(wave) < _SHORTEST_DENOISED_S * rate_hz:
+    if len(wave) < _SHORTEST_LEARNT_S * rate_hz:
         return wave
-    half = round(_WINDOW_S * rate_hz / 2)
-    frames = {"fs": rate_hz, "nperseg": 2 * half, "noverlap": half}
+    frames = _frames(rate_hz)
     _, _, spectrum_FT = stft(wave.astype(np.float64), **frames)
     power_FT = np.abs(spectrum_FT) ** 2
     noise_F1 = _noise_power(power_FT)
     gain_FT = _subtraction(power_FT, noise_F1) if method == "spectral" else _wiener(power_FT, noise_F1)
     _, denoised = istft(spectrum_FT * gain_FT, **frames)
     return np.asarray(denoised[: len(wave)], np.float32)
+
+
+def _frames(rate_hz: int) -> dict[str, int]:
+    """32 ms that overlap by half, as scipy takes them."""
+    half = round(_WINDOW_S * rate_hz / 2)
+    return {"fs": rate_hz, "nperseg": 2 * half, "noverlap": half}
+
+
+def _equalised(wave: Wave, rate_hz: int) -> Wave:
+    """Scale each frequency so that its mean level in the loud frames is that of average speech.
+
+    On the wave what the subtraction of the cepstral mean is on features (Atal, 1974). Speech is about flat up to 500 Hz
+    and falls from there (Byrne et al., 1994); no frequency is changed by more than 20 dB against the others, so that
+    what a line doesn't carry is not made of its noise.
+    """
+    if len(wave) < _SHORTEST_LEARNT_S * rate_hz or not wave.any():
+        return wave
+    frames = _frames(rate_hz)
+    hz_F, _, spectrum_FT = stft(wave.astype(np.float64), **frames)
+    power_FT = np.abs(spectrum_FT) ** 2
+    loudness_T = power_FT.sum(axis=0)
+    loud_T = loudness_T > loudness_T.max() * 10 ** (-_COLOUR_BELOW_LOUDEST_DB / 10)
+    heard_FT = power_FT[:, loud_T]
+    levels_FT = 10 * np.log10(np.maximum(heard_FT, heard_FT.max() * 1e-8))
+    speech_db_F = -20 * np.log10(1 + (hz_F / 500) ** 1.5)
+    wanted_db_F = speech_db_F - uniform_filter(levels_FT.mean(axis=1), _COLOUR_BINS)
+    gain_db_F = np.clip(wanted_db_F - np.median(wanted_db_F), -_LARGEST_GAIN_DB, _LARGEST_GAIN_DB)
+    _, equalised = istft(spectrum_FT * 10 ** (gain_db_F / 20)[:, None], **frames)
+    return np.asarray(equalised[: len(wave)], np.float32)
 
 
 def _noise_power(power_FT: Floats) -> Floats:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from models import trainer
@@ -99,7 +100,7 @@ class WhisperTask:
             prepare(disturb(one.wave, self.config.augment, rng)[:longest], rate_hz, self.config.preprocess)
             for one, rng in zip(drawn, generators, strict=True)
         ]
-        mel_BFT = self.features(waves, sampling_rate=rate_hz, return_tensors="np").input_features
+        mel_BFT = networks.log_mel(self.features, waves, self.config.preprocess.range_db).numpy()
         distorted = [
             distort(mel_FT, len(wave) // self.features.hop_length, self.config.augment, rng)
             for mel_FT, wave, rng in zip(mel_BFT, waves, generators, strict=True)
@@ -124,6 +125,10 @@ class WhisperTask:
     def validate(self, network: nn.Module, rank: int, world_size: int) -> Mapping[str, tuple[float, float]]:
         """WER and CER of one rank's share of the validation split, as edits and length."""
         return errors(self.predictor(network), self.validation[rank::world_size])
+
+    def tensor_plan(self, network: nn.Module) -> Mapping[str, ParallelStyle]:
+        """The feed-forward layers of encoder and decoder."""
+        return networks.tensor_plan(network)
 
     def predictor(self, network: nn.Module) -> WhisperPredictor:
         """The network as it is used after training."""

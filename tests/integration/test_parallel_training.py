@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
@@ -21,6 +22,10 @@ from models.training.faults import FaultyTask
 from models.training.parallel import ParallelismError
 from models.training.processes import Told
 from models.training.task import Task
+from models.whisper.config import DigitsConfig, WhisperConfig
+from models.whisper.digits import Sequences
+from models.whisper.train import WhisperTask
+from models.whisper.utterances import Utterance
 
 STEPS = 12
 PARALLEL: dict[str, dict[str, object]] = {
@@ -47,7 +52,7 @@ def config(**values: Any) -> TrainConfig:
     return TrainConfig.model_validate(given | {"learning_rate": 0.05, "workers": 2} | values)
 
 
-def train(store: CheckpointStore, config: TrainConfig, task: ProbeTask | None = None) -> Trained:
+def train(store: CheckpointStore, config: TrainConfig, task: Task | None = None) -> Trained:
     told = processes.train(task or ProbeTask(), config, store)
     last = store.recover()
     assert last is not None
@@ -77,6 +82,39 @@ def test_every_parallelism_learns_the_same(single: Trained, store: CheckpointSto
     assert trained.weights.keys() == single.weights.keys()
     for key, value in single.weights.items():
         torch.testing.assert_close(trained.weights[key], value, rtol=1e-3, atol=1e-4)
+
+
+def whisper(base: Path | None) -> WhisperTask:
+    """A tiny network that hears two tones: from scratch, or with adapters on a base."""
+    adapters = {"base": str(base), "lora": {"r": 2, "alpha": 4, "dropout": 0.0}} if base else {}
+    size = {"width": 16, "layers": 2, "heads": 2, "mel_bins": 20, "max_tokens": 12, "dropout": 0.0}
+    data = {"max_seconds": 1, "digits": [1, 1], "train_utterances": 40, "synthetic_share": 0.0}
+    config = WhisperConfig.model_validate({"data": data, "network": size | adapters})
+    seconds = np.arange(2000) / 8000
+    tones = [
+        Utterance("", np.sin(2 * np.pi * hz * seconds).astype(np.float32), text, "ann", 8000)
+        for hz, text in ((300, "one"), (900, "two"))
+    ]
+    return WhisperTask(config, Sequences(tones, DigitsConfig.model_validate(data)), tuple(tones))
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["from scratch", "adapters"])
+def test_a_speech_network_learns_the_same_sharded_and_sliced(tmp_path: Path, adapted: bool) -> None:
+    base = None
+    if adapted:
+        base, made = tmp_path / "base", whisper(None)
+        torch.manual_seed(0)
+        made.predictor(made.build()).save(base)
+    task = whisper(base)
+    assert len(task.tensor_plan(task.build())) == 4 * (2 + 2 * adapted), "of four layers, two each and their adapters"
+    settings = {"learning_rate": 0.01, "steps": 4}
+    alone = train(CheckpointStore.at(tmp_path / "alone", "hash"), config(workers=1, **settings), task)
+    for parallelism in ("fsdp", "tensor"):
+        together = CheckpointStore.at(tmp_path / parallelism, "hash")
+        trained = train(together, config(parallelism=parallelism, **settings), task)
+        assert trained.told.losses == pytest.approx(alone.told.losses, rel=1e-3)
+        for key, value in alone.weights.items():
+            torch.testing.assert_close(trained.weights[key], value, rtol=1e-2, atol=1e-3)
 
 
 def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pydantic import ValidationError
+from scipy.signal import butter, sosfilt
 
 from models.whisper.preprocess import PreprocessConfig, prepare, speech_spans
 
@@ -16,8 +17,10 @@ RATE_HZ = 16000
 METHODS = ("spectral", "wiener")
 WAVES = arrays(np.float32, st.integers(0, 300), elements=st.floats(-1, 1, width=32)).map(lambda wave: np.tile(wave, 10))
 EVERY_CONFIG = [
-    PreprocessConfig(denoise=denoise, normalise=normalise, trim=trim)
-    for denoise, normalise, trim in itertools.product(("none", *METHODS), ("none", "rms", "peak"), (False, True))
+    PreprocessConfig(denoise=denoise, normalise=normalise, trim=trim, equalise=equalise)
+    for denoise, normalise, trim, equalise in itertools.product(
+        ("none", *METHODS), ("none", "rms", "peak"), (False, True), (False, True)
+    )
 ]
 
 
@@ -117,6 +120,12 @@ def test_denoising_takes_noise_away_also_where_the_ends_are_digital_silence(meth
         assert rms_db(found) < rms_db(wave) - 14
 
 
+def test_waves_too_short_to_learn_from_keep_their_colour() -> None:
+    equalise = PreprocessConfig(equalise=True)
+    assert np.array_equal(prepare(syllables()[:3999], RATE_HZ, equalise), syllables()[:3999])
+    assert not np.array_equal(prepare(syllables()[:4000], RATE_HZ, equalise), syllables()[:4000])
+
+
 def test_the_methods_differ_and_short_waves_are_left_alone() -> None:
     noisy = syllables() + hiss(4 * RATE_HZ, 0.05)
     spectral, wiener = (prepare(noisy, RATE_HZ, PreprocessConfig(denoise=method)) for method in METHODS)
@@ -124,6 +133,30 @@ def test_the_methods_differ_and_short_waves_are_left_alone() -> None:
     for method in METHODS:
         assert np.array_equal(prepare(noisy[:3999], RATE_HZ, PreprocessConfig(denoise=method)), noisy[:3999])
         assert not np.array_equal(prepare(noisy[:4000], RATE_HZ, PreprocessConfig(denoise=method)), noisy[:4000])
+
+
+def third_octaves_db(wave: np.ndarray) -> np.ndarray:
+    """Levels between 200 Hz and 6.3 kHz, with a mean of 0."""
+    power = np.abs(np.fft.rfft(wave.astype(np.float64))) ** 2
+    edges = np.rint(200 * 2 ** (np.arange(16) / 3) * len(wave) / RATE_HZ).astype(int)
+    levels = 10 * np.log10(np.add.reduceat(power, edges)[:-1])
+    return np.asarray(levels - levels.mean())
+
+
+@pytest.mark.parametrize(("order", "cutoff_hz", "kind"), [(1, 1000, "high"), (1, 500, "low"), (2, 400, "high")])
+def test_equalising_undoes_the_colour_of_a_microphone(order: int, cutoff_hz: float, kind: str) -> None:
+    speech = syllables() + hiss(4 * RATE_HZ, 0.003)
+    coloured = sosfilt(butter(order, cutoff_hz, kind, fs=RATE_HZ, output="sos"), speech).astype(np.float32)
+    assert np.abs(third_octaves_db(coloured) - third_octaves_db(speech)).max() > 5
+    flat, found = (prepare(wave, RATE_HZ, PreprocessConfig(equalise=True)) for wave in (speech, coloured))
+    assert np.abs(third_octaves_db(found) - third_octaves_db(flat)).max() < 1.5
+
+
+def test_what_a_line_does_not_carry_is_not_made_of_its_noise() -> None:
+    narrow = sosfilt(butter(8, 1500, fs=RATE_HZ, output="sos"), syllables()).astype(np.float32)
+    wave = narrow + hiss(len(narrow), 1e-5)
+    gains = third_octaves_db(prepare(wave, RATE_HZ, PreprocessConfig(equalise=True))) - third_octaves_db(wave)
+    assert np.ptp(gains) <= 40.1
 
 
 @settings(max_examples=30, deadline=None)
@@ -213,17 +246,21 @@ def test_a_level_is_reached_only_as_far_as_nothing_clips() -> None:
     assert np.abs(found).max() <= 1
 
 
-def test_steps_go_from_denoising_over_trimming_to_the_level() -> None:
+def test_steps_go_from_denoising_over_trimming_and_equalising_to_the_level() -> None:
     wave = bursts([(1.0, 1.5)], 3.0, 0.03)
-    together = prepare(wave, RATE_HZ, PreprocessConfig(denoise="wiener", trim=True, normalise="rms"))
+    every = PreprocessConfig(denoise="wiener", trim=True, equalise=True, normalise="rms", range_db=40)
+    assert every.label == "wiener and trim and equalise and rms and 40 dB"
+    together = prepare(wave, RATE_HZ, every)
     one_by_one = wave
-    for step in ({"denoise": "wiener"}, {"trim": True}, {"normalise": "rms"}):
+    for step in ({"denoise": "wiener"}, {"trim": True}, {"equalise": True}, {"normalise": "rms"}):
         one_by_one = prepare(one_by_one, RATE_HZ, PreprocessConfig.model_validate(step))
     assert np.array_equal(together, one_by_one)
     assert rms_db(together) == pytest.approx(-20, abs=0.01)
 
 
-@pytest.mark.parametrize("wrong", [{"denoise": "magic"}, {"normalise": "lufs"}, {"level_db": 3}, {"trimming": True}])
+@pytest.mark.parametrize(
+    "wrong", [{"denoise": "magic"}, {"normalise": "lufs"}, {"level_db": 3}, {"range_db": 81}, {"trimming": True}]
+)
 def test_wrong_configurations_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         PreprocessConfig.model_validate(wrong)

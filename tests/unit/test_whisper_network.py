@@ -21,6 +21,7 @@ from models.whisper.augment import distort, disturb
 from models.whisper.config import AugmentConfig, DigitsConfig, WhisperConfig
 from models.whisper.digits import Sequences
 from models.whisper.predict import Transcript, WhisperPredictor
+from models.whisper.preprocess import WHISPER_RANGE_DB
 from models.whisper.scores import errors
 from models.whisper.train import WhisperTask
 from models.whisper.utterances import Utterance
@@ -70,6 +71,21 @@ def test_tokens_round_trip_and_end() -> None:
 def test_hops_that_do_not_fill_the_window_evenly_are_refused() -> None:
     with pytest.raises(networks.NetworkError, match="hop_ms=15 doesn't divide 2 s"):
         networks.extractor(None, RATE_HZ, 2, 20, 15.0)
+
+
+def test_sound_far_below_the_loudest_is_not_heard() -> None:
+    features = networks.extractor(None, RATE_HZ, 1, 20, 20.0)
+    loud, faint = utterance("one").wave, 1e-3 * utterance("two", 900.0).wave
+    waves = [loud + faint, faint]
+    whole = networks.log_mel(features, waves, WHISPER_RANGE_DB)
+    assert torch.equal(whole, features(waves, sampling_rate=RATE_HZ, return_tensors="pt").input_features)
+    heard = networks.log_mel(features, waves, 40.0)
+    assert (heard.amax(dim=(1, 2)) - heard.amin(dim=(1, 2))).tolist() == pytest.approx([1, 1]), "40 dB are one unit"
+    above = whole > heard.amin(dim=(1, 2), keepdim=True)
+    assert torch.equal(heard[above], whole[above])
+    alone = networks.log_mel(features, [loud], 40.0)[0]
+    torch.testing.assert_close(heard[0], alone, rtol=0, atol=0.02)
+    assert (whole[0] - networks.log_mel(features, [loud], WHISPER_RANGE_DB)[0]).abs().max() > 0.2, "80 dB hold it"
 
 
 def test_batches_depend_on_nothing_but_their_numbers() -> None:
