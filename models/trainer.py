@@ -28,6 +28,8 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray._private.worker import get_dashboard_url
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.callback import UserCallback
 from torch import nn
 
@@ -166,12 +168,26 @@ class _Arguments:
     run_id: str | None
 
 
-def _trainer(arguments: _Arguments) -> ray.train.torch.TorchTrainer:
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Ray Train's, without what needs a dashboard where there is none.
+
+    The actor that removes a dead run's placement group asks the dashboard whether the run is dead, and warns every
+    other second that nobody answers. Without a dashboard Ray ends with this process, and its placement groups with it.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        if get_dashboard_url():  # type: ignore[no-untyped-call]
+            return callbacks
+        return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+
+
+def _trainer(arguments: _Arguments) -> _Trainer:
     config = arguments.config
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     on_gpus = resources.get("GPU", 0) >= config.fewest_workers
     own = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if on_gpus else {})
-    return ray.train.torch.TorchTrainer(
+    return _Trainer(
         _work,
         train_loop_config={"arguments": arguments},
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=120),

@@ -34,6 +34,11 @@ To notice soon that a training worker is dead or hangs, and to start another; no
 machine before stream workers and replicas, as its own niceness of 15 does: training takes that for itself; and to let
 a job end soon after Ray's head has died, which on one machine never comes back.
 """
+ALONE = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""What else a Ray of one process must know: no cloud takes its only node away, so nothing needs to watch for that."""
 
 
 class JobError(Exception):
@@ -108,7 +113,7 @@ def own_ray() -> None:
     """Prepare the environment for a Ray that this process starts for itself alone, before Ray is imported."""
     os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_AUTH_TOKEN"] = _token()
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **RAY_SETTINGS}.items():
+    for name, value in (ALONE | RAY_SETTINGS).items():
         os.environ.setdefault(name, value)
 
 

@@ -30,7 +30,9 @@ def test_trains_on_a_ray_of_its_own(home: Path) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["steps"] == 4
     assert result["source"] == "synthetic"
-    assert '"event": "progress"' in done.stderr + done.stdout
+    said = done.stderr + done.stdout
+    assert '"event": "progress"' in said
+    assert "actor state" not in said, "nothing asks the dashboard that isn't there"
     (features,) = (home / "features" / "offline" / "utterance_audio").glob("*.parquet")
     assert pq.read_table(features).num_rows == 4
 
