@@ -4,15 +4,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.whisper.config import AugmentConfig
+from models.whisper.noise import reverberate
 
 Array = NDArray[np.float32]
 
 
-def disturb(wave: Array, config: AugmentConfig, rng: np.random.Generator) -> Array:
-    """Change the speed (and with it pitch and formants) of float32[N] samples and add white noise."""
+def disturb(wave: Array, sample_rate_hz: int, config: AugmentConfig, rng: np.random.Generator) -> Array:
+    """Change the speed (and with it pitch and formants) of float32[N] samples, play some in a room, add white noise."""
     factor = 1 + rng.uniform(-config.speed, config.speed)
     places = np.arange(0, len(wave) - 1, factor)
     faster = np.interp(places, np.arange(len(wave)), wave)
+    if config.reverberant and rng.random() < config.reverberant:
+        faster = reverberate(faster.astype(np.float32), sample_rate_hz, float(rng.uniform(*config.rt60_s)), rng)
     level = float(np.sqrt(np.mean(np.square(faster)))) * 10 ** ((config.noise_db - rng.uniform(0, 30)) / 20)
     return np.asarray(faster + rng.normal(0, level, len(faster)), np.float32)
 

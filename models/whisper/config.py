@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, Tag, model_validator
 
 from models.training.config import TrainConfig
 from models.whisper.preprocess import PreprocessConfig
@@ -69,7 +69,7 @@ class NoiseConfig(_Section):
     """Share of training utterances without noise."""
     reverberant: float = Field(0.3, ge=0, le=1)
     """Share of training utterances in a room."""
-    rt60_s: tuple[float, float] = (0.1, 0.4)
+    rt60_s: tuple[PositiveFloat, PositiveFloat] = (0.1, 0.4)
     """Shortest and longest time in which the room's echo falls by 60 dB."""
     margin_s: tuple[float, float] = (0.05, 0.25)
     """Shortest and longest time before and after the speech."""
@@ -173,6 +173,10 @@ class AugmentConfig(_Section):
     """Largest relative change of speed."""
     noise_db: float = -45.0
     """Loudest white noise, relative to the utterance's level."""
+    reverberant: float = Field(0.0, ge=0, le=1)
+    """Share of utterances in a room."""
+    rt60_s: tuple[PositiveFloat, PositiveFloat] = (0.1, 0.4)
+    """Shortest and longest time in which the room's echo falls by 60 dB."""
     tilt: float = Field(0.0, ge=0)
     """Largest change of the lowest and the highest bin of the log-mel features, in their own unit of 40 dB."""
     masks: int = Field(0, ge=0)

@@ -26,11 +26,15 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from models.whisper.preprocess import PreprocessConfig
+
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 CHARACTERS = "'abcdefghijklmnopqrstuvwxyz"
 WINDOW_S = 0.032
 MEL_UNIT_DB = 40
 """Whisper's features are decimal logarithms of power, divided by 4."""
+TINY_POWER = 1e-10
+"""What Whisper's features take for silence."""
 CTC_HEAD = "ctc_head"
 TASK = "transcribe"
 """What a multilingual Whisper is asked to do."""
@@ -96,13 +100,38 @@ def extractor(
 
 
 def log_mel(
-    features: WhisperFeatureExtractor, waves: Sequence[NDArray[np.float32]], range_db: float, device: str = "cpu"
+    features: WhisperFeatureExtractor,
+    waves: Sequence[NDArray[np.float32]],
+    config: PreprocessConfig,
+    device: str = "cpu",
 ) -> torch.Tensor:
-    """Features float32[B, mel, frames] of waves float32[N], each heard to `range_db` below its loudest bin."""
-    rate_hz = int(features.sampling_rate)
-    heard = features([*waves], sampling_rate=rate_hz, return_tensors="pt", device=device)
-    mel_BFT: torch.Tensor = heard.input_features.to(device)
-    return torch.maximum(mel_BFT, mel_BFT.amax(dim=(1, 2), keepdim=True) - range_db / MEL_UNIT_DB)
+    """Features float32[B, mel, frames] of prepared waves float32[N], as `lifter_ms` and `range_db` say."""
+    if config.lifter_ms is None:
+        rate_hz = int(features.sampling_rate)
+        heard = features([*waves], sampling_rate=rate_hz, return_tensors="pt", device=device)
+        mel_BFT: torch.Tensor = heard.input_features.to(device)
+    else:
+        mel_BFT = _log_mel_of_envelopes(features, waves, config.lifter_ms, device)
+    return torch.maximum(mel_BFT, mel_BFT.amax(dim=(1, 2), keepdim=True) - config.range_db / MEL_UNIT_DB)
+
+
+def _log_mel_of_envelopes(
+    features: WhisperFeatureExtractor, waves: Sequence[NDArray[np.float32]], lifter_ms: float, device: str
+) -> torch.Tensor:
+    """What the extractor gives, with each frame's spectrum smoothed by its cepstrum (Oppenheim and Schafer, 1968)."""
+    size, rate_hz = features.n_fft, int(features.sampling_rate)
+    padded_BN = torch.zeros(len(waves), features.n_samples, device=device)
+    for row_N, wave in zip(padded_BN, waves, strict=True):
+        row_N[: len(wave)] = torch.from_numpy(wave[: features.n_samples])
+    window = torch.hann_window(size, device=device)
+    spectrum_BFT = torch.stft(padded_BN, size, features.hop_length, window=window, return_complex=True)[..., :-1]
+    cepstrum_BQT = torch.fft.irfft(spectrum_BFT.abs().square().clamp(min=TINY_POWER).log(), n=size, dim=1)
+    first = max(1, round(lifter_ms * rate_hz / 1000))
+    cepstrum_BQT[:, first : size - first + 1] = 0
+    power_BFT = torch.fft.rfft(cepstrum_BQT, dim=1).real.exp()
+    filters_MF = torch.from_numpy(features.mel_filters.T).to(device, torch.float32)
+    mel_BMT: torch.Tensor = filters_MF @ power_BFT
+    return (mel_BMT.clamp(min=TINY_POWER).log10() + 4) / 4
 
 
 def small(

@@ -91,7 +91,7 @@ class WhisperPredictor:
             self._check(wave)
         steps = self.preprocess.model_copy(update={"trim": False}) if timestamps else self.preprocess
         heard = [prepare(wave, self.sample_rate_hz, steps) for wave in waves]
-        mel_BFT = networks.log_mel(self._features, heard, steps.range_db, self._device)
+        mel_BFT = networks.log_mel(self._features, heard, steps, self._device)
         with torch.no_grad():
             encoded = self._network.get_encoder()(mel_BFT)
         made = self._generate(encoded)

@@ -60,6 +60,8 @@ class PreprocessConfig(BaseModel):
     """In dB of full scale."""
     range_db: float = Field(WHISPER_RANGE_DB, gt=0, le=WHISPER_RANGE_DB)
     """How far below the loudest moment and frequency sound is heard: a smaller range hides the noise of a recording."""
+    lifter_ms: float | None = Field(None, gt=0, le=16)
+    """Smooth the spectrum by leaving out quefrencies from here on: 2.5 ms hide the pitch of voices below 400 Hz."""
     trim: bool = False
     """Cut what is before the first and after the last speech, but for 100 ms."""
 
@@ -68,16 +70,17 @@ class PreprocessConfig(BaseModel):
         """The steps that are taken, as in `wiener and trim`; `as it is` without any."""
         switches = ("trim" if self.trim else "none", "equalise" if self.equalise else "none")
         limited = "none" if self.range_db == WHISPER_RANGE_DB else f"{self.range_db:g} dB"
-        named = (self.denoise, *switches, self.normalise, limited)
+        smoothed = "none" if self.lifter_ms is None else f"lifter {self.lifter_ms:g} ms"
+        named = (self.denoise, *switches, self.normalise, limited, smoothed)
         return " and ".join(step for step in named if step != "none") or "as it is"
 
 
 def prepare(wave: Wave, sample_rate_hz: int, config: PreprocessConfig) -> Wave:
-    """Apply the configured steps to any float32[N], also an empty or a silent one; `range_db` is for its features.
+    """Apply the configured steps to any float32[N], also an empty or a silent one.
 
-    Denoising and equalising leave waves below 250 ms as they are: they have too little to learn from. Trimming leaves
-    waves without speech as they are, and only it changes the length. Normalising to an RMS stops where a sample reaches
-    +-1.
+    `range_db` and `lifter_ms` are for its features. Denoising and equalising leave waves below 250 ms as they are: they
+    have too little to learn from. Trimming leaves waves without speech as they are, and only it changes the length.
+    Normalising to an RMS stops where a sample reaches +-1.
     """
     if config.denoise != "none":
         wave = _denoised(wave, sample_rate_hz, config.denoise)

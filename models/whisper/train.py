@@ -97,10 +97,10 @@ class WhisperTask:
         rate_hz = self.config.data.sample_rate_hz
         longest = self.config.data.max_seconds * rate_hz
         waves = [
-            prepare(disturb(one.wave, self.config.augment, rng)[:longest], rate_hz, self.config.preprocess)
+            prepare(disturb(one.wave, rate_hz, self.config.augment, rng)[:longest], rate_hz, self.config.preprocess)
             for one, rng in zip(drawn, generators, strict=True)
         ]
-        mel_BFT = networks.log_mel(self.features, waves, self.config.preprocess.range_db).numpy()
+        mel_BFT = networks.log_mel(self.features, waves, self.config.preprocess).numpy()
         distorted = [
             distort(mel_FT, len(wave) // self.features.hop_length, self.config.augment, rng)
             for mel_FT, wave, rng in zip(mel_BFT, waves, generators, strict=True)

@@ -248,8 +248,8 @@ def test_a_level_is_reached_only_as_far_as_nothing_clips() -> None:
 
 def test_steps_go_from_denoising_over_trimming_and_equalising_to_the_level() -> None:
     wave = bursts([(1.0, 1.5)], 3.0, 0.03)
-    every = PreprocessConfig(denoise="wiener", trim=True, equalise=True, normalise="rms", range_db=40)
-    assert every.label == "wiener and trim and equalise and rms and 40 dB"
+    every = PreprocessConfig(denoise="wiener", trim=True, equalise=True, normalise="rms", range_db=40, lifter_ms=2.5)
+    assert every.label == "wiener and trim and equalise and rms and 40 dB and lifter 2.5 ms"
     together = prepare(wave, RATE_HZ, every)
     one_by_one = wave
     for step in ({"denoise": "wiener"}, {"trim": True}, {"equalise": True}, {"normalise": "rms"}):
@@ -259,7 +259,15 @@ def test_steps_go_from_denoising_over_trimming_and_equalising_to_the_level() -> 
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"denoise": "magic"}, {"normalise": "lufs"}, {"level_db": 3}, {"range_db": 81}, {"trimming": True}]
+    "wrong",
+    [
+        {"denoise": "magic"},
+        {"normalise": "lufs"},
+        {"level_db": 3},
+        {"range_db": 81},
+        {"lifter_ms": 0},
+        {"trimming": True},
+    ],
 )
 def test_wrong_configurations_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.signal import lfilter
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import WhisperTokenizer
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
@@ -21,7 +23,7 @@ from models.whisper.augment import distort, disturb
 from models.whisper.config import AugmentConfig, DigitsConfig, WhisperConfig
 from models.whisper.digits import Sequences
 from models.whisper.predict import Transcript, WhisperPredictor
-from models.whisper.preprocess import WHISPER_RANGE_DB
+from models.whisper.preprocess import PreprocessConfig
 from models.whisper.scores import errors
 from models.whisper.train import WhisperTask
 from models.whisper.utterances import Utterance
@@ -47,6 +49,14 @@ def test_every_shipped_configuration_builds(path: Path) -> None:
 def utterance(text: str, hz: float = 300.0, rate_hz: int = RATE_HZ) -> Utterance:
     wave = np.sin(2 * np.pi * hz * np.arange(rate_hz // 4) / rate_hz).astype(np.float32)
     return Utterance("", wave, text, "ann", rate_hz)
+
+
+def vowel(pitch_hz: float, formant_hz: float) -> NDArray[np.float32]:
+    """Half a second of pulses through one resonance 100 Hz wide."""
+    pulses = np.diff(np.floor(np.arange(RATE_HZ // 2 + 1) * pitch_hz / RATE_HZ))
+    radius = np.exp(-np.pi * 100 / RATE_HZ)
+    poles = [1, -2 * radius * np.cos(2 * np.pi * formant_hz / RATE_HZ), radius**2]
+    return (0.1 * lfilter([1], poles, pulses)).astype(np.float32)
 
 
 def pool(utterances: Sequence[Utterance]) -> Sequences:
@@ -77,15 +87,40 @@ def test_sound_far_below_the_loudest_is_not_heard() -> None:
     features = networks.extractor(None, RATE_HZ, 1, 20, 20.0)
     loud, faint = utterance("one").wave, 1e-3 * utterance("two", 900.0).wave
     waves = [loud + faint, faint]
-    whole = networks.log_mel(features, waves, WHISPER_RANGE_DB)
+    everything, near = PreprocessConfig(), PreprocessConfig(range_db=40)
+    whole = networks.log_mel(features, waves, everything)
     assert torch.equal(whole, features(waves, sampling_rate=RATE_HZ, return_tensors="pt").input_features)
-    heard = networks.log_mel(features, waves, 40.0)
+    heard = networks.log_mel(features, waves, near)
     assert (heard.amax(dim=(1, 2)) - heard.amin(dim=(1, 2))).tolist() == pytest.approx([1, 1]), "40 dB are one unit"
     above = whole > heard.amin(dim=(1, 2), keepdim=True)
     assert torch.equal(heard[above], whole[above])
-    alone = networks.log_mel(features, [loud], 40.0)[0]
+    alone = networks.log_mel(features, [loud], near)[0]
     torch.testing.assert_close(heard[0], alone, rtol=0, atol=0.02)
-    assert (whole[0] - networks.log_mel(features, [loud], WHISPER_RANGE_DB)[0]).abs().max() > 0.2, "80 dB hold it"
+    assert (whole[0] - networks.log_mel(features, [loud], everything)[0]).abs().max() > 0.2, "80 dB hold it"
+
+
+def test_a_lifter_hides_the_pitch_and_leaves_the_vowel() -> None:
+    features = networks.extractor(None, RATE_HZ, 1, 20, 20.0)
+    waves = [vowel(pitch_hz, formant_hz) for pitch_hz, formant_hz in ((110, 500), (160, 500), (110, 1500))]
+    plain, liftered = (
+        networks.log_mel(features, waves, PreprocessConfig(range_db=40, lifter_ms=lifter_ms))
+        for lifter_ms in (None, 2.5)
+    )
+
+    def apart(mel_BFT: torch.Tensor, other: int) -> float:
+        return float((mel_BFT[0] - mel_BFT[other]).abs().mean())
+
+    assert apart(liftered, 1) < 0.7 * apart(plain, 1), "another pitch"
+    assert apart(liftered, 2) > 0.8 * apart(plain, 2), "another vowel"
+
+
+def test_a_lifter_that_leaves_nothing_out_changes_nothing() -> None:
+    features = networks.extractor(None, RATE_HZ, 1, 20, 20.0)
+    waves = [utterance("one").wave, vowel(110, 500)]
+    whole_ms = features.n_fft / 2 / RATE_HZ * 1000
+    plain, liftered = (networks.log_mel(features, waves, PreprocessConfig(lifter_ms=ms)) for ms in (None, whole_ms))
+    assert liftered.shape == plain.shape
+    torch.testing.assert_close(liftered, plain, rtol=0, atol=0.02)
 
 
 def test_batches_depend_on_nothing_but_their_numbers() -> None:
@@ -306,4 +341,13 @@ def test_error_rates_are_those_of_jiwer() -> None:
 def test_augmentation_without_strength_changes_nothing() -> None:
     wave = utterance("one").wave
     calm = AugmentConfig(speed=0.0, noise_db=-300.0)
-    assert np.abs(disturb(wave, calm, np.random.default_rng(0)) - wave[:-1]).max() < 1e-6
+    assert np.abs(disturb(wave, RATE_HZ, calm, np.random.default_rng(0)) - wave[:-1]).max() < 1e-6
+
+
+def test_a_share_of_the_utterances_is_heard_in_a_room() -> None:
+    wave = np.concatenate([utterance("one").wave, np.zeros(RATE_HZ // 2, np.float32)])
+    half = AugmentConfig(speed=0.0, noise_db=-300.0, reverberant=0.5, rt60_s=(0.2, 0.3))
+    heard = [disturb(wave, RATE_HZ, half, np.random.default_rng(seed)) for seed in range(100)]
+    assert {len(one) for one in heard} == {len(wave) - 1}
+    echoing = sum(float(np.abs(one[len(wave) // 2 :]).max()) > 1e-4 for one in heard)
+    assert 30 <= echoing <= 70
